@@ -1,0 +1,50 @@
+# Sublet: `make run` opens the cloud on this machine, `make test` runs every check.
+PYTHON ?= python3
+VENV   := .venv
+PIP     = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes --only-binary :all:
+LOCK    = $(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --only-binary :all: --generate-hashes --no-header --no-annotate
+
+.PHONY: run setup test check soak bench lock clean
+
+run: setup
+	@$(VENV)/bin/sublet up --tour $(ARGS)
+
+setup: $(VENV)/.run
+	@$(VENV)/bin/sublet setup
+
+test: $(VENV)/.dev
+	$(VENV)/bin/pytest -q -n 2 $(ARGS)
+
+check: $(VENV)/.dev
+	$(VENV)/bin/pytest -q -n 2 -m "not slow" $(ARGS)
+
+soak: $(VENV)/.dev
+	$(VENV)/bin/pytest -q -m soak --soak $(ARGS)
+
+bench: $(VENV)/.dev
+	$(VENV)/bin/python -m bench $(ARGS)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'Sublet needs Python 3.11 or newer: make PYTHON=python3.12'; exit 1; }
+	@$(PYTHON) -c 'import ensurepip; ensurepip.version()' 2>/dev/null || { echo 'This Python cannot make virtual environments. On Debian: apt-get install python3-venv'; exit 1; }
+	@echo 'Making the virtual environment $(VENV) and installing what Sublet needs (about 20 s) ...'
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(VENV)/.run: requirements/run.txt pyproject.toml | $(VENV)/bin/python
+	@$(PIP) -r requirements/run.txt
+	@$(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.run
+	@$(PIP) -r requirements/dev.txt
+	@touch $@
+
+# For developers: writes the lock files anew. Names, versions and hashes only; no registry host may enter them.
+lock: | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet uv
+	$(LOCK) pyproject.toml --group build -o requirements/run.txt
+	$(LOCK) pyproject.toml --group build --group dev -c requirements/run.txt -o requirements/dev.txt
+	@! grep -nE '(//|--(index|extra-index|find-links|trusted))' requirements/*.txt
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,3 @@
+"""Sublet: an AI cloud out of the accelerator capacity you are not using."""
+
+__version__ = "0.1.0"

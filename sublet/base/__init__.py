@@ -1,0 +1,1 @@
+"""What everything stands on: values (kernel), rows (store), shapes between processes (wire)."""
