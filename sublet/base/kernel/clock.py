@@ -145,9 +145,7 @@ class VirtualClock:
         self._now = at
 
 
-def first_anchor(
-    boot_id: str, boot_ns: int, wall_us: int, last_seen_us: int | None
-) -> Anchor:
+def first_anchor(boot_id: str, boot_ns: int, wall_us: int, last_seen_us: int | None) -> Anchor:
     """The anchor of a new boot. UTC never runs backwards, whatever the wall says."""
     return Anchor(boot_id=boot_id, boot_ns=boot_ns, utc_us=max(wall_us, last_seen_us or 0))
 

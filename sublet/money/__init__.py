@@ -1,0 +1,1 @@
+"""What it came to: bills, and the owner's books."""

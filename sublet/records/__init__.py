@@ -1,0 +1,1 @@
+"""What happened and who it concerns: people and keys, money that moved, use that was seen."""

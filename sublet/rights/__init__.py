@@ -1,0 +1,1 @@
+"""Who may have capacity: the owner and the market."""
