@@ -119,6 +119,8 @@ class Observation:
     """Seen alive by its own supervisor at that instant: a meter never passes it."""
     deadline_at: datetime | None = None
     """The SIGTERM that a published notice has fixed."""
+    runway_until: datetime | None = None
+    """Where the paid runway ends that the supervisor knows of."""
     cpu_ms: int = 0
     memory_bytes: int = 0
     disk_bytes: int = 0

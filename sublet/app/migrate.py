@@ -1,0 +1,76 @@
+"""Brings a database to this release's schema. Every table must be imported here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from sublet.base.kernel.errors import Unavailable
+from sublet.base.store import installation, metadata, outbox
+from sublet.capacity.allocation import store as allocation_store
+from sublet.capacity.fleet import store as fleet_store
+from sublet.money.billing import store as billing_store
+from sublet.records.ledger import store as ledger_store
+from sublet.records.metering import store as metering_store
+from sublet.records.tenancy import store as tenancy_store
+from sublet.rights.market import store as market_store
+from sublet.rights.owner import store as owner_store
+from sublet.shops.compute import store as compute_store
+
+TABLES = (
+    installation,
+    outbox,
+    tenancy_store,
+    ledger_store,
+    metering_store,
+    fleet_store,
+    allocation_store,
+    market_store,
+    owner_store,
+    compute_store,
+    billing_store,
+)
+
+
+class DatabaseTooNew(Unavailable):
+    """The database was written by a newer Sublet: start that release, or restore a backup."""
+
+    code = "database_too_new"
+
+
+class DatabaseUnreadable(Unavailable):
+    """The database cannot be read."""
+
+    code = "database_unreadable"
+
+
+def alembic_config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    return config
+
+
+def migrate(engine: sa.Engine) -> None:
+    """Upgrade to the newest schema. Raises DatabaseTooNew, DatabaseUnreadable; changes nothing then."""
+    config = alembic_config()
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    try:
+        with engine.begin() as tx:
+            current = MigrationContext.configure(tx).get_current_revision()
+            if current is not None and current not in known:
+                raise DatabaseTooNew
+            config.attributes["connection"] = tx
+            command.upgrade(config, "head")
+    except sa.exc.DatabaseError as error:
+        raise DatabaseUnreadable(
+            f"The database {engine.url.render_as_string()} cannot be read ({error.orig}): "
+            "restore it from a copy, or give another folder with --data. Nothing was changed."
+        ) from error
+
+
+__all__ = ["TABLES", "DatabaseTooNew", "DatabaseUnreadable", "metadata", "migrate"]

@@ -1,0 +1,85 @@
+"""The edges of one process: the API application and the bastion, wired to the shops."""
+
+from __future__ import annotations
+
+import socket
+from datetime import datetime
+
+from starlette.types import ASGIApp
+
+from sublet import __version__
+from sublet.app.wiring import App, trial_credit
+from sublet.base.kernel.errors import SubletError
+from sublet.base.store.installation import last_seen
+from sublet.capacity.engines.port import Attachable, Notice
+from sublet.edge.api import Deps, create_api
+from sublet.edge.bastion import Bastion, Target
+from sublet.shops import compute
+from sublet.shops.compute.store import find_run
+
+
+def create_app(app: App, ssh_address: tuple[str, int] | None) -> ASGIApp:
+    def lag() -> dict[str, float]:
+        with app.store.read() as tx:
+            seen: datetime | None = last_seen(tx)
+        return {} if seen is None else {"clock": (app.clock.now() - seen).total_seconds()}
+
+    return create_api(
+        Deps(
+            store=app.store,
+            engine=app.engine,
+            version=__version__,
+            trial_credit=trial_credit(app.settings),
+            trusted_tenants=app.settings.trusted_tenants,
+            currency=app.settings.currency,
+            ssh_host=None if ssh_address is None else ssh_address[0],
+            ssh_port=None if ssh_address is None else ssh_address[1],
+            loop_lag_seconds=lag,
+        )
+    )
+
+
+def bastion_of(app: App, listening: socket.socket) -> Bastion:
+    assert isinstance(app.engine, Attachable)
+    door = Door(app)
+    return Bastion(
+        app.engine,
+        door.lookup,
+        host_key_dir=app.folder.bastion,
+        notice=door.notice_of,
+        listening=listening,
+        clock=app.clock,
+    )
+
+
+class Door:
+    """What the bastion asks: who may enter where, and is an interruption under way."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    def lookup(self, login: str) -> Target | str | None:
+        """The live run behind a login, or in words why there is none."""
+        with self._app.store.read() as tx:
+            try:
+                place = compute.location(tx, login)
+            except SubletError:
+                return None
+        workload = place.workload
+        if place.run_id is not None and place.is_running:
+            return Target(run_id=place.run_id, keys=workload.spec.ssh_keys)
+        because = f" ({workload.reason})" if workload.reason else ""
+        way = {
+            compute.State.AWAITING_CAPACITY: "it starts when devices are free: try again then",
+            compute.State.PROVISIONING: "it is being started: try again in a moment",
+            compute.State.STOPPED: f"start it again with `sublet start {login}`",
+        }.get(workload.state, "it is over: rent a new one")
+        return f"{login} is {workload.state}{because}: {way}."
+
+    def notice_of(self, run_id: str) -> Notice | None:
+        with self._app.store.read() as tx:
+            run = find_run(tx, run_id)
+        if run is None or run.published_at is None or run.term_at is None or run.t0 is None:
+            return None
+        reason = str(run.notice_reason or "owner_recall")
+        return Notice(term_at=run.term_at, action="stop", reason=reason)

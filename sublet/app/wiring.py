@@ -1,0 +1,90 @@
+"""Puts the parts together: one `App` a process, on the real machine or in a rehearsal."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import sqlalchemy as sa
+import structlog
+
+from sublet.app.clockwork import anchored
+from sublet.app.folder import Folder
+from sublet.app.runner import Nudger
+from sublet.app.settings import Settings
+from sublet.base.kernel.clock import Clock
+from sublet.base.kernel.ids import Ids, SystemIds
+from sublet.base.kernel.money import Money
+from sublet.base.store import Store, open_store
+from sublet.base.store.installation import find_fact
+from sublet.capacity.engines.local import LocalEngine
+from sublet.capacity.engines.port import Engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class App:
+    """What a process of this installation needs."""
+
+    settings: Settings
+    folder: Folder
+    clock: Clock
+    ids: Ids
+    store: Store
+    engine: Engine
+    installation_id: str
+
+    def close(self) -> None:
+        self.store.close()
+
+
+def open_app(settings: Settings) -> App:
+    """An App on this machine. The database must be migrated already."""
+    folder = Folder(settings.data.resolve())
+    bare = sa.create_engine(settings.database)
+    try:
+        clock = anchored(bare)
+    finally:
+        bare.dispose()
+    ids = SystemIds()
+    store = open_store(settings.database, clock, ids)
+    with store.read() as tx:
+        installation_id = find_fact(tx, "installation_id") or ""
+    store.on_commit = Nudger(installation_id) if installation_id else None
+    return App(
+        settings=settings,
+        folder=folder,
+        clock=clock,
+        ids=ids,
+        store=store,
+        engine=local_engine(settings, folder, clock),
+        installation_id=installation_id,
+    )
+
+
+def local_engine(settings: Settings, folder: Folder, clock: Clock) -> LocalEngine:
+    return LocalEngine(folder.engine, clock, trusted=settings.trusted_tenants)
+
+
+def trial_credit(settings: Settings) -> Money | None:
+    """The sign-up credit that the settings name; None: the default by the rate card."""
+    if settings.trial_credit is None:
+        return None
+    return Money.parse(settings.trial_credit, settings.currency)
+
+
+def log_to(path: Path, level: str, process: str) -> None:
+    """Structured lines, one JSON object each, appended to the log of this installation."""
+    file = path.open("a", buffering=1, encoding="utf-8")
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.WriteLoggerFactory(file=file),
+    )
+    structlog.contextvars.bind_contextvars(process=process)

@@ -1,0 +1,355 @@
+"""The one rule of admission, as a pure decision.
+
+A sale of rank r that wants `size` devices from `start` on passes if
+(1) in every bucket of its lock `locked + need + size ≤ supply`, where locked = equals and higher
+    over their whole intervals, lower ranks to their free-by;
+(2) in every later bucket of its interval `equals + size ≤ supply`;
+(3) its units are free at its start, or are freed by then by lower ranks, which are pinned here.
+Where only lower ranks stand in the way, the start (and with it the end) moves to when they are
+gone; a claim dated ahead is not moved but refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+import numpy as np
+
+from sublet.capacity.allocation.book import (
+    FRACTION,
+    RANKS,
+    VOUCHED,
+    WHOLE,
+    Counts,
+    Nodes,
+    PoolBook,
+)
+from sublet.capacity.allocation.model import (
+    Admitted,
+    Claim,
+    Pinned,
+    RefusalReason,
+    Refused,
+    lock_free_by,
+)
+from sublet.capacity.allocation.roll import pinned
+from sublet.capacity.allocation.victims import Candidate, candidate_of, choose
+
+
+def admit(book: PoolBook, claim: Claim, *, now: datetime) -> Admitted | Refused:
+    """Decide one sale against the book. Reads nothing else."""
+    assert claim.is_sale, "the owner's claims are filed, never refused"
+    assert not claim.is_fixed
+    assert claim.released_at is None
+    book = book.at(now)
+    is_dated = claim.starts_at > now
+    if not is_dated:
+        claim = _moved(claim, to=now)
+    room = _Room(book, claim, now)
+    start = room.start(claim.starts_at, clock=now, is_dated=is_dated)
+    if start is None:
+        return _refused(room, is_dated=is_dated)
+    claim = _moved(claim, to=start)
+    displaced = _displaced(room, claim)
+    if displaced is None:
+        return _refused(room, is_dated=is_dated, reason=RefusalReason.NODES)
+    return Admitted(claim=claim, displaced=displaced)
+
+
+def applied(book: PoolBook, admitted: Admitted) -> PoolBook:
+    """The book after the decision: the claim in it, the displaced pinned."""
+    changes = [admitted.claim]
+    for pin in admitted.displaced:
+        found = book.find(pin.claim_id)
+        assert found is not None
+        changes.append(pinned(found, pin, displaced_by=admitted.claim.id))
+    return book.with_changes(changes)
+
+
+def _moved(claim: Claim, *, to: datetime) -> Claim:
+    """The same claim from another start; a fixed end keeps its distance."""
+    if to == claim.starts_at:
+        return claim
+    release = claim.release
+    if release.ends_at is not None:
+        release = replace(release, ends_at=release.ends_at + (to - claim.starts_at))
+    return replace(claim, starts_at=to, release=release)
+
+
+class _Room:
+    """What one sale finds in one book, ready to be asked about many starts."""
+
+    def __init__(self, book: PoolBook, claim: Claim, now: datetime) -> None:
+        self.book = book
+        self.claim = claim
+        self.now = now
+        self.size = claim.size
+        release = claim.release
+        notice = release.notice_seconds
+        self.lead = None if notice is None else max(notice, release.firm_seconds)
+        self.stop = timedelta(seconds=release.stop_seconds)
+        self.length = None if release.ends_at is None else release.ends_at - claim.starts_at
+        rank = claim.rank
+        self.hard = book.held(slice(rank, RANKS))
+        self.soft_fixed: Counts = book.fixed[:, :rank].sum(axis=1, dtype=np.int32)
+        self.soft_rolling = [item for item in book.rolling.items() if item[0][1] < rank]
+        need = book.owner_need()
+        taken = self.hard.sum(axis=0, dtype=np.int32)
+        self.near: Counts = book.supply - need - np.int32(book.head_room) - taken
+        self.far: Counts = np.minimum(self.near, book.shelf() - taken)
+        self.equals: Counts = book.supply - book.active[:, rank].sum(axis=0, dtype=np.int32)
+
+    def lock_end(self, start: datetime) -> datetime:
+        """The end of its lock if it starts then."""
+        ends = []
+        if self.lead is not None:
+            ends.append(start + timedelta(seconds=self.lead))
+        if self.length is not None:
+            ends.append(start + self.length)
+        return min(ends) + self.stop
+
+    def span(self, start: datetime) -> tuple[int, int]:
+        end = None if self.length is None else start + self.length + self.stop
+        return self.book.grid.span(start, end)
+
+    def beyond(self, start: datetime, clock: datetime) -> int:
+        """The first bucket that the owner's forecast does not vouch for at `clock`.
+
+        Asked about a later clock, a coarse bucket counts as beyond if any part of it may be.
+        """
+        grid = self.book.grid
+        vouched = clock + VOUCHED
+        if clock == self.now or self.lock_end(start) <= vouched:
+            return grid.stop(vouched) if clock == self.now else len(grid)
+        return grid.index(vouched)
+
+    def hard_passes(self, start: datetime, clock: datetime) -> bool:
+        """(1) and (2) as if no lower rank were there."""
+        grid = self.book.grid
+        first, stop = grid.span(start, self.lock_end(start))
+        _, last = self.span(start)
+        beyond = min(max(self.beyond(start, clock), first), stop)
+        size = self.size
+        if (self.near[first:beyond] < size).any() or (self.far[beyond:stop] < size).any():
+            return False
+        if (self.equals[stop:last] < size).any():
+            return False
+        if self.book.waiting and first == grid.index(clock):
+            room = self.near[first] - self.book.waiting
+            if room < size:
+                return False
+        return self.nodes_pass(first, stop, self.hard)
+
+    def soft(self, clock: datetime) -> Counts:
+        """Per node set, what lower ranks lock at `clock`."""
+        soft = self.soft_fixed.copy()
+        for (node_set, _, lead), size in self.soft_rolling:
+            soft[node_set, : max(self.book.grid.stop(clock + lead), 1)] += size
+        return soft
+
+    def passes(self, start: datetime, clock: datetime) -> bool:
+        """(1) and (2), lower ranks to their free-by."""
+        if not self.hard_passes(start, clock):
+            return False
+        if not self.soft_rolling and not self.soft_fixed.any():
+            return True
+        grid = self.book.grid
+        first, stop = grid.span(start, self.lock_end(start))
+        soft = self.soft(clock)
+        total = soft[:, first:stop].sum(axis=0, dtype=np.int32)
+        beyond = min(max(self.beyond(start, clock), first), stop) - first
+        size = self.size
+        if (self.near[first:stop] - total < size)[:beyond].any():
+            return False
+        if (self.far[first:stop] - total < size)[beyond:].any():
+            return False
+        if self.book.waiting and first == grid.index(clock):
+            room = self.near[first] - self.book.waiting - total[0]
+            if room < size:
+                return False
+        return self.nodes_pass(first, stop, self.hard + soft)
+
+    def nodes_pass(self, first: int, stop: int, locked: Counts) -> bool:
+        """Whether whole nodes and fraction nodes together are no more than there are."""
+        nodes = self.book.nodes
+        if nodes is None:
+            return True
+        held = locked[:, first:stop] + self.book.need[:, first:stop]
+        held[WHOLE if self.claim.whole_node else FRACTION] += self.size
+        fractions = held[FRACTION] - nodes.broken_devices
+        by_count = -(-np.maximum(fractions, 0) // nodes.size)
+        # A fraction node stays one as long as anything is on it, however little.
+        begun = np.minimum(nodes.fractions, self.book.active[FRACTION, :, first:stop].sum(axis=0))
+        taken = held[WHOLE] // nodes.size + np.maximum(by_count, begun)
+        return bool((taken <= nodes.whole).all())
+
+    def units_free(self, start: datetime, clock: datetime) -> bool:
+        """(3) where there are many nodes: its units are together, now or for certain then."""
+        nodes = self.book.nodes
+        claim = self.claim
+        if nodes is None:
+            return True
+        if clock == self.now and start <= clock:
+            return nodes.fits(claim.devices, claim.count, whole_node=claim.whole_node)
+        return self._units_certain(nodes, self.book.grid.index(start))
+
+    def _units_certain(self, nodes: Nodes, bucket: int) -> bool:
+        """However its neighbours lie by then: each node may waste up to a unit less one device."""
+        claim = self.claim
+        active = self.book.active[:, :, bucket].sum(axis=1) + self.book.need[:, bucket]
+        begun = min(nodes.fractions, int(active[FRACTION]))
+        if claim.whole_node:
+            return int(active[WHOLE]) // nodes.size + begun + claim.count <= nodes.whole
+        free = int(self.book.supply[bucket] - active.sum())
+        wasted = len(nodes.devices) * (claim.devices - 1)
+        return free - wasted >= claim.size
+
+    def start(self, asked: datetime, *, clock: datetime, is_dated: bool) -> datetime | None:
+        """When it can start if it is asked for at `clock`: then, or once lower ranks are gone."""
+        if is_dated:
+            return asked if self.passes(asked, clock) else None
+        if not self.units_free(asked, clock):
+            return None
+        grid = self.book.grid
+        for start in (asked, *grid.edges[grid.index(asked) + 1 :]):
+            if not self.hard_passes(start, clock):
+                return None
+            if self.passes(start, clock):
+                return start
+        return None
+
+    def earliest(self) -> datetime | None:
+        """The first edge of the grid at which it would be admitted if all else stayed as it is."""
+        grid = self.book.grid
+        if self.length is None and self.equals[-1] < self.size:
+            return None
+        from_bucket = grid.index(self.claim.starts_at) + 1
+        hopeful = np.flatnonzero(self.near[from_bucket:] >= self.size) + from_bucket
+        for bucket in hopeful:
+            at = grid.edges[bucket]
+            if self.start(at, clock=at, is_dated=False) is not None:
+                return at
+        return None
+
+
+def _refused(room: _Room, *, is_dated: bool, reason: RefusalReason | None = None) -> Refused:
+    claim, book = room.claim, room.book
+    if claim.size > int(book.supply.max()):
+        earliest, reason = None, RefusalReason.TOO_LARGE
+    else:
+        earliest = room.earliest()
+        reason = reason or _reason(room)
+    return Refused(
+        reason=reason,
+        earliest_at=earliest,
+        offer_to_wait=reason is not RefusalReason.TOO_LARGE,
+        smaller_count=_smaller(room, is_dated=is_dated),
+    )
+
+
+def _reason(room: _Room) -> RefusalReason:
+    """The weightiest thing in the way at the start asked for."""
+    book, grid, size = room.book, room.book.grid, room.size
+    start = room.claim.starts_at
+    first, stop = grid.span(start, room.lock_end(start))
+    _, last = room.span(start)
+    sold = room.hard[:, first:stop].sum(axis=0)
+    if (book.supply[first:stop] - sold < size).any() or (room.equals[stop:last] < size).any():
+        return RefusalReason.SOLD
+    waiting = book.waiting if first == 0 else 0
+    if (room.near[first:stop] < size).any() or room.near[first] - waiting < size:
+        return RefusalReason.OWNER_NEED
+    if not room.hard_passes(start, room.now) and room.nodes_pass(first, stop, room.hard):
+        return RefusalReason.FIRM_SHELF
+    if book.nodes is not None and not room.nodes_pass(first, stop, room.hard):
+        return RefusalReason.NODES
+    if not room.units_free(start, room.now):
+        return RefusalReason.NODES
+    return RefusalReason.SOLD
+
+
+def _smaller(room: _Room, *, is_dated: bool) -> int | None:
+    """The most units that would be admitted now: what passes passes with fewer too."""
+    low, high = 0, room.claim.count - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        fewer = replace(room.claim, count=middle)
+        smaller = _Room(room.book, fewer, room.now)
+        start = smaller.start(fewer.starts_at, clock=room.now, is_dated=is_dated)
+        is_admitted = start is not None and _displaced(smaller, _moved(fewer, to=start)) is not None
+        low, high = (middle, high) if is_admitted else (low, middle - 1)
+    return low or None
+
+
+def _displaced(room: _Room, claim: Claim) -> tuple[Pinned, ...] | None:
+    """Lower ranks that must be gone for this claim, each with its pinned end; None if they cannot.
+
+    Every bucket of the lock is walked in order: what is too much in it leaves by its beginning.
+    Too much is never more than the claim's own size: an excess that was there before is not its.
+    """
+    book, grid = room.book, room.book.grid
+    first, stop = grid.span(claim.starts_at, room.lock_end(claim.starts_at))
+    held = book.active[:, :, first:stop].sum(axis=(0, 1), dtype=np.int32)
+    need = book.owner_need()[first:stop] + np.int32(book.head_room)
+    excess = np.minimum(held + need + claim.size - book.supply[first:stop], claim.size)
+    pins: dict[str, Pinned] = {}
+    freed = np.zeros(stop - first, np.int32)
+    for offset in np.flatnonzero(excess > 0):
+        missing = int(excess[offset] - freed[offset])
+        if missing <= 0:
+            continue
+        bucket = first + int(offset)
+        able = {c.id: c for c in book.claims if c.id not in pins and _may_leave(room, c, bucket)}
+        edge = grid.edges[bucket]
+        chosen = choose([_candidate(room, c, edge) for c in able.values()], missing)
+        if chosen is None:
+            return None
+        for picked in chosen.picked:
+            victim = able[picked.claim_id]
+            pins[victim.id] = _pin(victim, edge)
+            _, last = grid.span(victim.starts_at, victim.held_until())
+            freed[offset : max(last - first, 0)] += picked.size
+    return tuple(sorted(pins.values(), key=lambda pin: (pin.notice_at, pin.claim_id)))
+
+
+def _may_leave(room: _Room, victim: Claim, bucket: int) -> bool:
+    """Whether it is of lower rank, holds something in the bucket, and can be gone by its start."""
+    if not victim.is_sale or victim.rank >= room.claim.rank or victim.is_fixed:
+        return False
+    if victim.opened_at is None and victim.release.firm_seconds > 0:
+        return False
+    grid = room.book.grid
+    first, stop = grid.span(victim.starts_at, victim.held_until())
+    if not first <= bucket < stop or lock_free_by(victim, room.now) > grid.edges[bucket]:
+        return False
+    return room.book.nodes is None or _units(room.claim, victim) > 0
+
+
+def _units(claim: Claim, victim: Claim) -> int:
+    """How many units of the claim's shape come free with the victim, whatever lies beside it."""
+    if claim.whole_node:
+        return victim.count if victim.whole_node else 0
+    return victim.count * (victim.devices // claim.devices)
+
+
+def _candidate(room: _Room, victim: Claim, edge: datetime) -> Candidate:
+    size = victim.size
+    if room.book.nodes is not None:
+        size = _units(room.claim, victim) * room.claim.devices
+    return candidate_of(victim, notice_at=_notice_at(victim, edge), free_by=edge, size=size)
+
+
+def _notice_at(victim: Claim, free_by: datetime) -> datetime:
+    release = victim.release
+    assert release.notice_seconds is not None
+    return free_by - timedelta(seconds=release.notice_seconds + release.stop_seconds)
+
+
+def _pin(victim: Claim, free_by: datetime) -> Pinned:
+    return Pinned(
+        claim_id=victim.id,
+        notice_at=_notice_at(victim, free_by),
+        term_at=free_by - timedelta(seconds=victim.release.stop_seconds),
+        free_by=free_by,
+    )

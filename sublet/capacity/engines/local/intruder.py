@@ -1,0 +1,227 @@
+"""What a hostile workload tries. Run inside a sandbox by the probes; says what it reached.
+
+One attempt a run: `walls` (files, processes, devices, host network), `bomb`, `memory`, `cpu`,
+`disk`, `outbound`, or `victim`, which only waits to be found by the others. The arguments are a
+JSON object; the answer is one JSON object on standard output. Standard library, Python 3.9: it
+runs on whatever Python the sandbox has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import mmap
+import os
+import signal
+import socket
+import stat
+import sys
+import time
+
+CLONE_NEWUSER = 0x10000000
+AF_VSOCK = 40
+MIB = 1 << 20
+
+
+def walls(given):
+    return {
+        "files": read_files(given["files"]) + write_system(),
+        "processes": reach_processes(given["pids"], given["mark"]),
+        "devices": open_devices(given["nodes"]),
+        "network": reach_network(given["addresses"], given["abstract"]),
+        "namespaces": make_namespace(),
+    }
+
+
+def read_files(paths):
+    """Each path as it is, and through the root of any process that shows one."""
+    reached = []
+    roots = [""] + ["/proc/" + pid + "/root" for pid in os.listdir("/proc") if pid.isdigit()][:64]
+    for path in paths:
+        for root in roots:
+            try:
+                with open(root + path, "rb") as source:
+                    source.read(1)
+            except OSError:
+                continue
+            reached.append(path)
+            break
+    return reached
+
+
+def write_system():
+    reached = []
+    for path in ("/usr/sublet-probe", "/sublet-probe", "/etc/sublet-probe", "/dev/sublet-probe"):
+        try:
+            with open(path, "w"):
+                reached.append("writing " + path)
+            os.unlink(path)
+        except OSError:
+            continue
+    return reached
+
+
+def reach_processes(pids, mark):
+    """Is any process of the host or of another workload to be seen or signalled?"""
+    reached = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open("/proc/" + name + "/cmdline", "rb") as source:
+                    if mark.encode() in source.read() and int(name) in pids:
+                        reached.append("process %s is visible" % name)
+            except OSError:
+                continue
+    for pid in pids:
+        try:
+            os.kill(pid, 0)
+            with open("/proc/%d/cmdline" % pid, "rb") as source:
+                if mark.encode() in source.read():  # else it is one of our own with that number
+                    reached.append("process %d can be signalled" % pid)
+        except OSError:
+            continue
+    return reached
+
+
+def open_devices(nodes):
+    reached = []
+    for node in nodes:
+        try:
+            os.close(os.open(node, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY))
+            reached.append(node)
+        except OSError:
+            continue
+    for name, number in (("memory", os.makedev(1, 1)), ("disk", os.makedev(8, 0))):
+        kind = stat.S_IFCHR if name == "memory" else stat.S_IFBLK
+        try:
+            os.mknod("probe-node", 0o600 | kind, number)
+            os.close(os.open("probe-node", os.O_RDONLY | os.O_NONBLOCK))
+            reached.append("a node made for " + name)
+        except OSError:
+            pass
+        try:
+            os.unlink("probe-node")
+        except OSError:
+            pass
+    return reached
+
+
+def reach_network(addresses, abstract):
+    reached = []
+    for host, port in addresses:
+        try:
+            socket.create_connection((host, port), timeout=1).close()
+            reached.append("%s:%d" % (host, port))
+        except OSError:
+            continue
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+        try:
+            peer.connect("\0" + abstract)
+            reached.append("an abstract socket of the host")
+        except OSError:
+            pass
+    try:
+        socket.socket(AF_VSOCK, socket.SOCK_STREAM).close()
+        reached.append("the hypervisor's sockets (vsock)")
+    except OSError:
+        pass
+    return reached
+
+
+def make_namespace():
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWUSER) == 0:
+        return "allowed"
+    return os.strerror(ctypes.get_errno())
+
+
+def bomb(given):
+    """Fork until refused, or clearly past the limit."""
+    children, refused = [], None
+    read_end, write_end = os.pipe()
+    while len(children) < given["most"]:
+        try:
+            pid = os.fork()
+        except OSError as error:
+            refused = error.errno
+            break
+        if pid == 0:
+            os.close(write_end)
+            os.read(read_end, 1)
+            os._exit(0)
+        children.append(pid)
+    os.close(write_end)
+    for pid in children:
+        os.waitpid(pid, 0)
+    return {"forked": len(children), "refused": errno.errorcode.get(refused or 0)}
+
+
+def memory(given):
+    """Write to private and then to shared memory past the limit, saying how far it went."""
+    held = []
+    for kind, flags in (("private", mmap.MAP_PRIVATE), ("shared", mmap.MAP_SHARED)):
+        while len(held) * 4 * MIB < given["most"]:
+            try:
+                piece = mmap.mmap(-1, 4 * MIB, flags=flags | mmap.MAP_ANONYMOUS)
+            except (OSError, MemoryError):
+                break
+            for offset in range(0, len(piece), 4096):
+                piece[offset] = 1
+            held.append(piece)
+            print(json.dumps({"touched": len(held) * 4 * MIB, "kind": kind}), flush=True)
+    time.sleep(given["stay"])
+    return {"kept": len(held) * 4 * MIB}
+
+
+def cpu(given):
+    """Take every CPU that can be had and spin; how much time was burnt a second?"""
+    try:
+        os.sched_setaffinity(0, range(given["host_cpus"]))
+        widened = "asked"
+    except OSError as error:
+        widened = errno.errorcode.get(error.errno, "refused")
+    allowed = len(os.sched_getaffinity(0))
+    begin = time.monotonic()
+    children = []
+    for _ in range(4):
+        pid = os.fork()
+        if pid == 0:
+            while time.monotonic() < begin + given["seconds"]:
+                pass
+            os._exit(0)
+        children.append(pid)
+    for pid in children:
+        os.waitpid(pid, 0)
+    used = os.times()
+    burnt = used.children_user + used.children_system
+    rate = burnt / (time.monotonic() - begin)
+    return {"allowed": allowed, "widened": widened, "rate": round(rate, 3)}
+
+
+def disk(given):
+    """Write files that are allowed one by one, and too much together."""
+    for number in range(given["files"]):
+        with open("probe-%d" % number, "wb") as sink:
+            sink.write(b"x" * given["each"])
+    time.sleep(given["stay"])
+    return {"written": given["files"] * given["each"]}
+
+
+def outbound(given):
+    return {"network": reach_network(given["addresses"], given["abstract"])}
+
+
+def victim(given):
+    with open("secret", "w") as sink:
+        sink.write("of another workload")
+    print(json.dumps({"ready": True}), flush=True)
+    signal.pause()
+    return {}
+
+
+if __name__ == "__main__":
+    attempts = {
+        attempt.__name__: attempt for attempt in (walls, bomb, memory, cpu, disk, outbound, victim)
+    }
+    print(json.dumps(attempts[sys.argv[1]](json.loads(sys.argv[2]))), flush=True)

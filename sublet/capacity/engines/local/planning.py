@@ -1,0 +1,192 @@
+"""From what is asked to what the supervisor is told: the rules of this machine.
+
+What the machine can do is found once, when the engine is made: bubblewrap, cgroups, filters,
+a way out. A plan then says it all in plain values, so that the supervisor decides nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import os
+import shutil
+import signal
+import socket
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sublet.base.kernel.clock import Clock
+from sublet.base.kernel.interval import micros_since_epoch
+from sublet.capacity.engines.local.hardware import Hardware
+from sublet.capacity.engines.local.supervise import cgroups, netns, records, seccomp
+from sublet.capacity.engines.port import StartRefused, StartSpec
+
+PYTHON = "/usr/bin/python3"
+"""The one inside the sandbox, where /usr is the host's."""
+LEAST_MEMORY_BYTES = 48 << 20
+"""The init inside takes some 12 MiB of it."""
+BUBBLEWRAP_REMEDY = "apt-get install bubblewrap"
+_SIOCGIFADDR = 0x8915
+
+Outbound = Literal["pasta", "slirp4netns", "none"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    name: str
+    """Of this installation on this machine: two may know a run by the same id."""
+    trusted: bool
+    without: frozenset[str]
+    has_bubblewrap: bool
+    has_python: bool
+    has_seccomp: bool
+    cgroup_bases: dict[str, str]
+    outbound: Outbound
+    log_bytes: int
+    disk_reserve_bytes: int
+    pids: int | None = None
+    """Processes and threads a run may have; None: by its devices."""
+    is_exclusive: bool = True
+    """One live run per device, home and workload. Only probes share."""
+
+    @classmethod
+    def found(
+        cls,
+        root: Path,
+        *,
+        trusted: bool,
+        without: frozenset[str],
+        log_bytes: int,
+        disk_reserve_bytes: int | None,
+    ) -> Rules:
+        name = f"sublet-{hashlib.sha256(os.fsencode(root)).hexdigest()[:12]}"
+        bases = {} if "cgroup" in without else cgroups.find(name)
+        cgroups.remove({key: os.path.join(base, "none") for key, base in bases.items()})
+        volume = os.statvfs(root)
+        size = volume.f_blocks * volume.f_frsize
+        return cls(
+            name=name,
+            trusted=trusted,
+            without=without,
+            has_bubblewrap="bubblewrap" not in without and shutil.which("bwrap") is not None,
+            has_python=os.access(PYTHON, os.X_OK),
+            has_seccomp="seccomp" not in without and seccomp.is_supported(),
+            cgroup_bases=bases,
+            outbound="none" if "outbound" in without else _way_out(),
+            log_bytes=log_bytes,
+            disk_reserve_bytes=(
+                min(size // 20, 10 << 30) if disk_reserve_bytes is None else disk_reserve_bytes
+            ),
+        )
+
+    @property
+    def rung(self) -> str:
+        return "sandbox" if self.has_bubblewrap else "bare"
+
+    def shown(self) -> dict[str, object]:
+        """What of them decides how strong a fence is."""
+        return {
+            "rung": self.rung,
+            "trusted": self.trusted,
+            "seccomp": self.has_seccomp,
+            "controllers": sorted(self.cgroup_bases),
+            "outbound": self.outbound,
+            "without": sorted(self.without),
+        }
+
+    def check_rung(self) -> None:
+        """Raises StartRefused where nothing can be started, naming the way."""
+        if not self.has_python:
+            raise StartRefused(f"{PYTHON} is missing: apt-get install python3")
+        if not self.has_bubblewrap and not self.trusted:
+            raise StartRefused(
+                f"bubblewrap is missing, so workloads cannot be fenced: {BUBBLEWRAP_REMEDY}"
+            )
+
+    def plan(
+        self, spec: StartSpec, found: Hardware, *, clock: Clock, home: str, scratch: str
+    ) -> records.Plan:
+        """Raises StartRefused."""
+        devices = {device.name: device for device in found.devices}
+        unknown = [name for name in spec.devices if name not in devices]
+        if unknown or not spec.devices:
+            raise StartRefused(f"no such devices here: {', '.join(unknown) or 'none was named'}")
+        if spec.memory_bytes < LEAST_MEMORY_BYTES:
+            raise StartRefused(f"a run needs at least {LEAST_MEMORY_BYTES} bytes of memory")
+        if spec.kind == "job" and not spec.command:
+            raise StartRefused("a job needs a command")
+        if spec.notice_signal is not None and spec.notice_signal not in signal.Signals.__members__:
+            raise StartRefused(f"there is no signal {spec.notice_signal}")
+        gpus = [gpu for gpu in found.gpus if gpu.name in spec.devices]
+        count = len(spec.devices)
+        cpus = [int(name[3:]) for name in spec.devices if devices[name].kind == "cpu"]
+        share = len(found.cpus) * 100 * count // len(found.devices)
+        now_ns = clock.boot_ns()
+        return records.Plan(
+            run_id=spec.run_id,
+            workload_id=spec.workload_id,
+            organisation_id=spec.organisation_id,
+            kind=spec.kind,
+            boot_id=clock.boot_id(),
+            planned_ns=now_ns,
+            planned_us=micros_since_epoch(clock.from_boot_ns(now_ns)),
+            mark=f"{self.name}.{spec.run_id}",
+            devices=list(spec.devices),
+            cpus=sorted(cpus),
+            cpu_percent=100 * count if cpus else share,
+            gpus=[gpu.minor for gpu in gpus],
+            gpu_ids=[gpu.uuid for gpu in gpus],
+            memory_bytes=spec.memory_bytes,
+            disk_bytes=spec.disk_bytes,
+            disk_share_bytes=spec.disk_bytes,
+            disk_reserve_bytes=self.disk_reserve_bytes,
+            pids=self.pids or 1024 + 512 * count,
+            command=list(spec.command),
+            script=spec.script,
+            env=dict(spec.env),
+            home=home,
+            scratch=scratch,
+            hostname=spec.hostname,
+            uid=None,
+            stop_grace_seconds=spec.stop_grace_seconds,
+            notice_signal=spec.notice_signal,
+            metadata=dict(spec.metadata),
+            runway_ns=clock.to_boot_ns(spec.runway_until),
+            log_bytes=self.log_bytes,
+            rung=self.rung,
+            cgroups=cgroups.folders(self.cgroup_bases, spec.run_id),
+            own_network=self.rung == "sandbox" and "netns" not in self.without,
+            seccomp=self.rung == "sandbox" and self.has_seccomp,
+            outbound=self.outbound if spec.outbound else "none",
+            blocked_routes=[*netns.LOCAL_ROUTES, *host_addresses()] if spec.outbound else [],
+            python=PYTHON,
+        )
+
+    def owned_by(self, plan: records.Plan, uid: int | None) -> records.Plan:
+        return dataclasses.replace(plan, uid=uid)
+
+
+def _way_out() -> Outbound:
+    for name in ("pasta", "slirp4netns"):
+        if shutil.which(name):
+            return name  # type: ignore[return-value]
+    return "none"
+
+
+def host_addresses() -> list[str]:
+    """Every IPv4 address of this machine: what listens on them is not for workloads."""
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as channel:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                answer = fcntl.ioctl(channel.fileno(), _SIOCGIFADDR, request)
+            except OSError:
+                continue  # an interface without an address
+            address = socket.inet_ntoa(answer[20:24])
+            if not address.startswith("127."):
+                found.append(f"{address}/32")
+    return found

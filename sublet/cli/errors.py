@@ -1,0 +1,115 @@
+"""How the command fails: one sentence, the code, and the way on."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+FAILED = 1
+USAGE = 2
+INTERRUPTED = 130
+
+
+class CliError(Exception):
+    """The command cannot go on. The text says why and what to do."""
+
+    exit_code = FAILED
+
+
+class UsageError(CliError):
+    """The command was called wrongly: change the words."""
+
+    exit_code = USAGE
+
+
+def report(error: Exception) -> int:
+    """Say what went wrong on stderr (and as JSON on stdout for `--json`); the exit code."""
+    if isinstance(error, CliError):
+        _say(str(error))
+        return error.exit_code
+    # Costly to import, and only needed once something has gone wrong.
+    from sublet.base.kernel.errors import SubletError
+    from sublet.sdk.errors import ApiError, ClientError
+
+    if isinstance(error, ApiError):
+        _show_json(error)
+        _say(sentence(error.message, error.code, error.param, error.details))
+        if error.status >= 500 and error.request_id:
+            _say(f"request {error.request_id}: the log has more under it")
+        return FAILED
+    if isinstance(error, SubletError):
+        _say(sentence(error.message, error.code, error.param, error.details))
+        return FAILED
+    if isinstance(error, ClientError):
+        _say(f"{error} Set SUBLET_URL, or open one with `sublet up`.")
+        return FAILED
+    found = _wrong_field(error)
+    if found is not None:
+        _say(found)
+        return USAGE
+    if os.environ.get("SUBLET_DEBUG"):
+        raise error
+    _say(
+        f"this should not happen ({type(error).__name__}: {error}). "
+        "Please report it with the output of the same command under SUBLET_DEBUG=1."
+    )
+    return FAILED
+
+
+def sentence(message: str, code: str, param: str | None, details: Mapping[str, Any]) -> str:
+    """`message (code; ways on)`."""
+    told = [code]
+    if param and param not in message:
+        told.append(f"at {param}")
+    told += [words for name in _WAYS if (words := _WAYS[name](details.get(name))) is not None]
+    return f"{message.rstrip()} ({'; '.join(told)})"
+
+
+def _value(words: str) -> Any:
+    return lambda value: None if value in (None, "", [], 0) else words.format(value)
+
+
+def _offers(value: Any) -> str | None:
+    ids = [str(way["offer_id"]) for way in value or [] if "offer_id" in way]
+    return f"there is room for: {', '.join(ids)}" if ids else None
+
+
+_WAYS: Mapping[str, Any] = {
+    "earliest_at": _value("earliest: {}"),
+    "smaller_count": _value("now at most: --count {}"),
+    "alternatives": _offers,
+    "offer_to_wait": lambda value: "--queue waits for room" if value else None,
+    "resets_at": _value("resets: {}"),
+    "retry_after_seconds": _value("again in {} s"),
+    "remedy": _value("way: {}"),
+}
+
+
+def _wrong_field(error: Exception) -> str | None:
+    """A body that the shapes refuse before it is sent, in words."""
+    found = getattr(error, "errors", None)
+    if type(error).__name__ != "ValidationError" or not callable(found):
+        return None
+    first = found()[0]
+    field = ".".join(str(part) for part in first["loc"]) or "request"
+    return f"{field}: {first['msg']}"
+
+
+def _show_json(error: Any) -> None:
+    if "--json" not in sys.argv:
+        return
+    body = {
+        "message": error.message,
+        "type": error.type,
+        "code": error.code,
+        "param": error.param,
+        "details": dict(error.details) or None,
+    }
+    print(json.dumps({"error": body}))
+
+
+def _say(text: str) -> None:
+    print(f"sublet: {text}", file=sys.stderr)

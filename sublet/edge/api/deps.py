@@ -1,0 +1,41 @@
+"""What the API is given: the store, the engine, and the few settings that it shows or obeys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from sublet.base.kernel.money import Money
+from sublet.base.store import Store
+from sublet.capacity.engines.port import Engine
+
+
+def _nothing() -> None:
+    return None
+
+
+def _no_lag() -> Mapping[str, float]:
+    return {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deps:
+    """Made by the app for each process that answers the API."""
+
+    store: Store
+    engine: Engine
+    version: str
+    nudge: Callable[[], None] = _nothing
+    """Called after a change: wakes the loops."""
+    trial_credit: Money | None = None
+    """Granted at sign-up; None: the default by the rate card."""
+    trusted_tenants: bool = False
+    currency: str = "USD"
+    ssh_host: str | None = None
+    ssh_port: int | None = None
+    """Where the bastion listens; None: SSH is not offered."""
+    loop_lag_seconds: Callable[[], Mapping[str, float]] = _no_lag
+    """How late each loop is, by name, for the metrics."""
+    follow_poll_seconds: float = 0.5
+    follow_polls: int = 14_400
+    """A follower of logs looks this many times and is then told to come again: two hours."""

@@ -1,0 +1,45 @@
+"""Requests per minute of a key: counted in memory, by this process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import datetime, timedelta
+
+from sublet.base.kernel.errors import TooMany
+
+MINUTE = timedelta(minutes=1)
+KEYS_REMEMBERED = 100_000
+
+
+class RequestsPerMinute(TooMany):
+    """This key has used up its requests of the minute: wait as long as `retry-after` says."""
+
+    code = "requests_per_minute_exceeded"
+
+
+class Pace:
+    """A window of one minute a key, opened by its first request."""
+
+    def __init__(self, now: Callable[[], datetime]) -> None:
+        self._now = now
+        self._lock = threading.Lock()
+        self._windows: dict[str, tuple[datetime, int]] = {}
+
+    def take(self, key_id: str, per_minute: int) -> None:
+        """Count one request of the key. Raises RequestsPerMinute, which counts nothing."""
+        now = self._now()
+        with self._lock:
+            opened, used = self._windows.get(key_id, (now, 0))
+            if now - opened >= MINUTE:
+                opened, used = now, 0
+            if used >= per_minute:
+                left = opened + MINUTE - now
+                raise RequestsPerMinute(
+                    limit=per_minute,
+                    resets_at=opened + MINUTE,
+                    retry_after_seconds=max(1, -(-left // timedelta(seconds=1))),
+                )
+            if len(self._windows) >= KEYS_REMEMBERED:
+                self._windows = {k: w for k, w in self._windows.items() if now - w[0] < MINUTE}
+            self._windows[key_id] = (opened, used + 1)

@@ -1,0 +1,262 @@
+"""Who: `/v1/me`, organisations, projects, principals, keys."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from sublet.base.store import Work
+from sublet.base.wire import rest
+from sublet.edge.api.call import Caller, Poster, versioned
+from sublet.edge.api.errors import declared
+from sublet.edge.api.paging import After, Id, Limit, by_seq
+from sublet.edge.api.show import people as show
+from sublet.edge.api.versions import Expected, demand, show_version
+from sublet.records import ledger, tenancy
+from sublet.records.tenancy import Action
+
+router = APIRouter(prefix="/v1", tags=["people"], responses=declared())
+
+CHANGES = declared(409, 412, 428)
+
+
+@router.get("/me")
+def get_me(call: Caller) -> rest.Me:
+    """Who the key speaks for, and what it may spend."""
+    identity = call.identity
+    with call.read() as tx:
+        available = ledger.available(tx, call.organisation_id)
+    return rest.Me(
+        organisation=show.organisation(identity.organisation),
+        principal=show.principal(identity.principal),
+        key=show.key(identity.key),
+        role=identity.role.value,
+        is_owner=identity.is_owner,
+        actions=sorted(action.value for action in identity.actions),
+        available=rest.Money.of(available),
+    )
+
+
+@router.get("/organisations")
+def list_organisations(
+    call: Caller, after: After = None, limit: Limit = 100
+) -> rest.Page[rest.Organisation]:
+    """All of them, for the owner."""
+    call.require(Action.ADMINISTER_ORGANISATIONS)
+    with call.read() as tx:
+        found = tenancy.list_organisations(tx, after=after, limit=limit + 1)
+    return by_seq(found, limit, show.organisation)
+
+
+@router.get("/organisations/{organisation_id}")
+def get_organisation(call: Caller, organisation_id: Id, response: Response) -> rest.Organisation:
+    """One's own; for the owner any."""
+    if organisation_id != call.organisation_id and not call.identity.is_owner:
+        raise tenancy.OrganisationNotFound()
+    own = organisation_id == call.organisation_id
+    call.require(Action.READ if own else Action.ADMINISTER_ORGANISATIONS)
+    with call.read() as tx:
+        found = tenancy.get_organisation(tx, organisation_id)
+    show_version(response, found.version)
+    return show.organisation(found)
+
+
+@router.put(
+    "/organisations/{organisation_id}/standing",
+    response_model=rest.Organisation,
+    responses=CHANGES,
+)
+def set_standing(
+    call: Caller, organisation_id: Id, body: rest.StandingPut, expected: Expected
+) -> Response:
+    """The owner's word on an organisation. What it may start follows at once."""
+
+    def do(work: Work) -> rest.Organisation:
+        call.require(Action.ADMINISTER_ORGANISATIONS)
+        demand(expected, tenancy.get_organisation(work.tx, organisation_id).version)
+        return show.organisation(
+            tenancy.set_standing(work, organisation_id, body.standing, body.why)
+        )
+
+    return call.act(
+        "set_standing",
+        do,
+        target=organisation_id,
+        about=organisation_id,
+        is_audited=False,
+        headers=versioned,
+    )
+
+
+@router.post("/projects", status_code=201, response_model=rest.Project, responses=declared(409))
+def create_project(call: Poster, body: rest.ProjectCreate) -> Response:
+    def do(work: Work) -> rest.Project:
+        call.require(Action.MANAGE_PROJECTS)
+        return show.project(tenancy.create_project(work, call.organisation_id, body.name))
+
+    return call.act("create_project", do, status=201)
+
+
+@router.get("/projects")
+def list_projects(call: Caller, after: After = None, limit: Limit = 100) -> rest.Page[rest.Project]:
+    """Those of the organisation; of a key bound to a project, that one."""
+    call.require(Action.READ)
+    with call.read() as tx:
+        bound = call.identity.project_id
+        if bound is not None:
+            found = [] if after else [tenancy.get_project(tx, bound)]
+        else:
+            found = tenancy.list_projects(tx, call.organisation_id, after=after, limit=limit + 1)
+    return by_seq(found, limit, show.project)
+
+
+@router.get("/projects/{project_id}")
+def get_project(call: Caller, project_id: Id) -> rest.Project:
+    with call.read() as tx:
+        found = tenancy.get_project(tx, project_id)
+    call.require(Action.READ, of=found, missing=tenancy.ProjectNotFound)
+    if call.identity.project_id not in (None, found.id):
+        raise tenancy.ProjectNotFound()
+    return show.project(found)
+
+
+@router.post("/principals", status_code=201, response_model=rest.Principal, responses=declared(409))
+def create_principal(call: Poster, body: rest.PrincipalCreate) -> Response:
+    """A user or a service account of the caller's organisation."""
+
+    def do(work: Work) -> rest.Principal:
+        call.require(Action.MANAGE_MEMBERS)
+        return show.principal(
+            tenancy.create_principal(
+                work,
+                call.organisation_id,
+                kind=body.kind,
+                name=body.name,
+                email=body.email,
+                role=body.role,
+            )
+        )
+
+    return call.act("create_principal", do, status=201, headers=versioned)
+
+
+@router.get("/principals")
+def list_principals(
+    call: Caller, after: After = None, limit: Limit = 100
+) -> rest.Page[rest.Principal]:
+    call.require(Action.READ)
+    with call.read() as tx:
+        found = tenancy.list_principals(tx, call.organisation_id, after=after, limit=limit + 1)
+    return by_seq(found, limit, show.principal)
+
+
+@router.get("/principals/{principal_id}")
+def get_principal(call: Caller, principal_id: Id, response: Response) -> rest.Principal:
+    with call.read() as tx:
+        found = tenancy.get_principal(tx, principal_id)
+    call.require(Action.READ, of=found, missing=tenancy.PrincipalNotFound)
+    show_version(response, found.version)
+    return show.principal(found)
+
+
+@router.patch("/principals/{principal_id}", response_model=rest.Principal, responses=CHANGES)
+def change_principal(
+    call: Caller, principal_id: Id, body: rest.PrincipalPatch, expected: Expected
+) -> Response:
+    """Another role. It holds from the next request on."""
+
+    def do(work: Work) -> rest.Principal:
+        found = tenancy.get_principal(work.tx, principal_id)
+        call.require(Action.MANAGE_MEMBERS, of=found, missing=tenancy.PrincipalNotFound)
+        demand(expected, found.version)
+        return show.principal(tenancy.change_role(work, principal_id, body.role))
+
+    return call.act(
+        "change_role",
+        do,
+        target=principal_id,
+        detail={"role": body.role},
+        headers=versioned,
+    )
+
+
+@router.delete("/principals/{principal_id}", status_code=204, responses=declared(409))
+def remove_principal(call: Caller, principal_id: Id) -> Response:
+    """Its keys are revoked with it."""
+
+    def do(work: Work) -> rest.Principal:
+        found = tenancy.get_principal(work.tx, principal_id)
+        call.require(Action.MANAGE_MEMBERS, of=found, missing=tenancy.PrincipalNotFound)
+        return show.principal(tenancy.remove_principal(work, principal_id))
+
+    call.act("remove_principal", do, target=principal_id)
+    return Response(status_code=204)
+
+
+@router.post("/keys", status_code=201, response_model=rest.KeyCreated, responses=declared(409))
+def create_key(call: Poster, body: rest.KeyCreate) -> Response:
+    """A new key. Its secret is shown in this answer and never again."""
+
+    def do(work: Work) -> rest.KeyCreated:
+        call.require(Action.MANAGE_KEYS)
+        principal_id = body.principal_id or call.identity.principal.id
+        principal = tenancy.get_principal(work.tx, principal_id)
+        call.require(Action.MANAGE_KEYS, of=principal, missing=tenancy.PrincipalNotFound)
+        key, secret = tenancy.create_key(
+            work,
+            principal_id,
+            name=body.name,
+            project_id=body.project_id,
+            role=body.role,
+            expires_at=body.expires_at,
+            limits=tenancy.Limits(
+                max_devices=body.limits.max_devices,
+                requests_per_minute=body.limits.requests_per_minute,
+            ),
+        )
+        return rest.KeyCreated(id=key.id, key=show.key(key), secret=secret)
+
+    return call.act(
+        "create_key",
+        do,
+        status=201,
+        keep=lambda made: made.model_copy(update={"secret": None}),
+    )
+
+
+@router.get("/keys")
+def list_keys(call: Caller, after: After = None, limit: Limit = 100) -> rest.Page[rest.Key]:
+    """All of the organisation, revoked ones too."""
+    call.require(Action.MANAGE_KEYS)
+    with call.read() as tx:
+        found = tenancy.list_keys(tx, call.organisation_id, after=after, limit=limit + 1)
+    return by_seq(found, limit, show.key)
+
+
+@router.get("/keys/{key_id}")
+def get_key(call: Caller, key_id: Id) -> rest.Key:
+    with call.read() as tx:
+        found = tenancy.get_key(tx, key_id)
+    if found.id != call.identity.key.id:
+        _key_of_mine(call, found)
+    return show.key(found)
+
+
+@router.delete("/keys/{key_id}", status_code=204)
+def revoke_key(call: Caller, key_id: Id) -> Response:
+    """Refused from the next request on; a key may revoke itself."""
+
+    def do(work: Work) -> rest.Key:
+        found = tenancy.get_key(work.tx, key_id)
+        if found.id != call.identity.key.id:
+            _key_of_mine(call, found)
+        return show.key(tenancy.revoke_key(work, key_id))
+
+    call.act("revoke_key", do, target=key_id)
+    return Response(status_code=204)
+
+
+def _key_of_mine(call: Caller, key: tenancy.Key) -> None:
+    if key.organisation_id != call.organisation_id:
+        raise tenancy.KeyNotFound()
+    call.require(Action.MANAGE_KEYS)

@@ -1,0 +1,427 @@
+"""Rows of the market."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from sublet.base.kernel.interval import Interval, from_micros, micros_since_epoch
+from sublet.base.kernel.money import Money
+from sublet.base.kernel.price import Line, PricePoint
+from sublet.base.store import Instant, Json, metadata
+from sublet.capacity.allocation import DisplacementRule
+from sublet.rights.market.model import (
+    CURRENCY,
+    Contract,
+    ContractState,
+    Product,
+    Quote,
+    SpotPrice,
+    Unmet,
+)
+from sublet.rights.market.ratecard import RateCard, parse_rate_card
+
+rate_cards = sa.Table(
+    "market_rate_card",
+    metadata,
+    sa.Column("version", sa.Integer, primary_key=True),
+    sa.Column("effective_from", Instant, nullable=False),
+    sa.Column("text", sa.Text, nullable=False),
+    sa.Column("loaded_at", Instant, nullable=False),
+    sa.Column("loaded_by", sa.String(80), nullable=False),
+)
+"""Versions of the card as the owner wrote them; the text is the truth, offers are read from it."""
+
+spot_prices = sa.Table(
+    "market_spot_price",
+    metadata,
+    sa.Column("pool_id", sa.String(40), primary_key=True),
+    sa.Column("hour", Instant, primary_key=True),
+    sa.Column("micros", sa.BigInteger, nullable=False),
+    sa.Column("floor_micros", sa.BigInteger, nullable=False),
+    sa.Column("bid_micros", sa.BigInteger, nullable=False),
+    sa.Column("posted_at", Instant, nullable=False),
+)
+
+quotes = sa.Table(
+    "market_quote",
+    metadata,
+    sa.Column("seq", sa.Integer, primary_key=True),
+    sa.Column("id", sa.String(40), nullable=False, unique=True),
+    sa.Column("organisation_id", sa.String(40), nullable=False, index=True),
+    sa.Column("project_id", sa.String(40)),
+    sa.Column("product", sa.String(24), nullable=False),
+    sa.Column("offer_id", sa.String(300), nullable=False),
+    sa.Column("pool_id", sa.String(40), nullable=False),
+    sa.Column("devices", sa.Integer, nullable=False),
+    sa.Column("count", sa.Integer, nullable=False),
+    sa.Column("whole_node", sa.Boolean, nullable=False),
+    sa.Column("notice_seconds", sa.Integer, nullable=False),
+    sa.Column("factor_permille", sa.Integer, nullable=False),
+    sa.Column("firm_seconds", sa.Integer, nullable=False),
+    sa.Column("stop_grace_seconds", sa.Integer, nullable=False),
+    sa.Column("scrub_seconds", sa.Integer, nullable=False),
+    sa.Column("duration_seconds", sa.BigInteger),
+    sa.Column("is_first_party", sa.Boolean, nullable=False),
+    sa.Column("points", Json, nullable=False),
+    sa.Column("max_price_micros", sa.BigInteger),
+    sa.Column("total_micros", sa.BigInteger, nullable=False),
+    sa.Column("lines", Json, nullable=False),
+    sa.Column("exact_until", Instant),
+    sa.Column("hold_micros", sa.BigInteger, nullable=False),
+    sa.Column("hold_seconds", sa.Integer, nullable=False),
+    sa.Column("credit_rule", sa.Text, nullable=False),
+    sa.Column("outbound", sa.String(24), nullable=False),
+    sa.Column("missing_fences", Json, nullable=False),
+    sa.Column("trusted_tenants", sa.Boolean, nullable=False),
+    sa.Column("created_at", Instant, nullable=False),
+    sa.Column("expires_at", Instant, nullable=False),
+    sa.Column("contract_id", sa.String(40)),
+    sa.Column("currency", sa.String(3), nullable=False),
+)
+
+contracts = sa.Table(
+    "market_contract",
+    metadata,
+    sa.Column("seq", sa.Integer, primary_key=True),
+    sa.Column("id", sa.String(40), nullable=False, unique=True),
+    sa.Column("organisation_id", sa.String(40), nullable=False, index=True),
+    sa.Column("project_id", sa.String(40)),
+    sa.Column("key_id", sa.String(40)),
+    sa.Column("quote_id", sa.String(40), nullable=False, unique=True),
+    sa.Column("subject", sa.String(40), nullable=False, index=True),
+    sa.Column("product", sa.String(24), nullable=False),
+    sa.Column("offer_id", sa.String(300), nullable=False),
+    sa.Column("pool_id", sa.String(40), nullable=False),
+    sa.Column("devices", sa.Integer, nullable=False),
+    sa.Column("count", sa.Integer, nullable=False),
+    sa.Column("whole_node", sa.Boolean, nullable=False),
+    sa.Column("notice_seconds", sa.Integer, nullable=False),
+    sa.Column("factor_permille", sa.Integer, nullable=False),
+    sa.Column("firm_seconds", sa.Integer, nullable=False),
+    sa.Column("stop_grace_seconds", sa.Integer, nullable=False),
+    sa.Column("scrub_seconds", sa.Integer, nullable=False),
+    sa.Column("rule", sa.String(24), nullable=False),
+    sa.Column("younger_than_seconds", sa.Integer, nullable=False),
+    sa.Column("price_micros", sa.BigInteger, nullable=False),
+    sa.Column("points", Json, nullable=False),
+    sa.Column("max_price_micros", sa.BigInteger),
+    sa.Column("state", sa.String(24), nullable=False, index=True),
+    sa.Column("started_at", Instant, nullable=False),
+    sa.Column("ended_at", Instant),
+    sa.Column("currency", sa.String(3), nullable=False),
+)
+
+free_windows = sa.Table(
+    "market_free_window",
+    metadata,
+    sa.Column("contract_id", sa.String(40), primary_key=True),
+    sa.Column("organisation_id", sa.String(40), nullable=False),
+    sa.Column("starts_at", Instant, primary_key=True),
+    sa.Column("ends_at", Instant, nullable=False),
+    sa.Column("t0", Instant),
+    sa.Column("reason", sa.String(40), nullable=False),
+    sa.Column("at", Instant, nullable=False),
+)
+"""Parts of runs that are free because the owner ended them; what was metered there is credited."""
+
+postings = sa.Table(
+    "market_posting",
+    metadata,
+    sa.Column("contract_id", sa.String(40), primary_key=True),
+    sa.Column("organisation_id", sa.String(40), nullable=False),
+    sa.Column("kind", sa.String(24), primary_key=True),
+    sa.Column("month", Instant, primary_key=True),
+    sa.Column("price_from", Instant, primary_key=True),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.Column("micros", sa.BigInteger, nullable=False),
+    sa.Column("quantity", sa.BigInteger, nullable=False),
+    sa.Column("ends_at", Instant, nullable=False),
+)
+"""How far each line of a contract is posted: the next post is the line's total less `micros`."""
+
+unmet = sa.Table(
+    "market_unmet",
+    metadata,
+    sa.Column("seq", sa.Integer, primary_key=True),
+    sa.Column("organisation_id", sa.String(40), nullable=False),
+    sa.Column("pool_id", sa.String(40)),
+    sa.Column("offer_id", sa.String(300)),
+    sa.Column("devices", sa.Integer, nullable=False),
+    sa.Column("count", sa.Integer, nullable=False),
+    sa.Column("starts_at", Instant, nullable=False),
+    sa.Column("duration_seconds", sa.BigInteger),
+    sa.Column("price_micros", sa.BigInteger),
+    sa.Column("reason", sa.String(40), nullable=False),
+    sa.Column("at", Instant, nullable=False),
+)
+
+
+def list_rate_cards(tx: Connection) -> list[RateCard]:
+    """Every version, oldest first."""
+    rows = tx.execute(sa.select(rate_cards).order_by(rate_cards.c.version))
+    return [
+        RateCard(
+            version=row.version,
+            effective_from=row.effective_from,
+            text=row.text,
+            offers=parse_rate_card(row.text),
+        )
+        for row in rows
+    ]
+
+
+def insert_rate_card(tx: Connection, card: RateCard, *, at: datetime, by: str) -> None:
+    tx.execute(
+        rate_cards.insert().values(
+            version=card.version,
+            effective_from=card.effective_from,
+            text=card.text,
+            loaded_at=at,
+            loaded_by=by,
+        )
+    )
+
+
+def insert_spot_prices(tx: Connection, rows: Sequence[SpotPrice]) -> None:
+    if rows:
+        tx.execute(spot_prices.insert(), [asdict(row) for row in rows])
+
+
+def last_spot_price(tx: Connection, pool_id: str) -> SpotPrice | None:
+    """The row of the latest hour posted."""
+    found = _spot(tx, sa.desc(spot_prices.c.hour), spot_prices.c.pool_id == pool_id, limit=1)
+    return found[0] if found else None
+
+
+def spot_price_at(tx: Connection, pool_id: str, at: datetime) -> SpotPrice | None:
+    """The row in force at that instant: the last one that has begun, else the very first."""
+    mine = spot_prices.c.pool_id == pool_id
+    begun = _spot(tx, sa.desc(spot_prices.c.hour), mine, spot_prices.c.hour <= at, limit=1)
+    found = begun or _spot(tx, sa.asc(spot_prices.c.hour), mine, limit=1)
+    return found[0] if found else None
+
+
+def list_spot_prices(
+    tx: Connection, pool_id: str, start: datetime, end: datetime | None
+) -> list[SpotPrice]:
+    """Rows of hours in `[start, end)`, in order; `end` None is all that is posted."""
+    where = [spot_prices.c.pool_id == pool_id, spot_prices.c.hour >= start]
+    if end is not None:
+        where.append(spot_prices.c.hour < end)
+    return _spot(tx, sa.asc(spot_prices.c.hour), *where)
+
+
+def _spot(
+    tx: Connection,
+    order: sa.UnaryExpression[Any],
+    *where: sa.ColumnElement[bool],
+    limit: int | None = None,
+) -> list[SpotPrice]:
+    rows = tx.execute(sa.select(spot_prices).where(*where).order_by(order).limit(limit))
+    return [SpotPrice(**row._asdict()) for row in rows]
+
+
+def insert_quote(tx: Connection, quote: Quote) -> None:
+    values = _fields(quote)
+    tx.execute(
+        quotes.insert().values(
+            **{
+                **values,
+                "points": _points_out(quote.points),
+                "lines": [_line_out(line) for line in quote.lines],
+                "missing_fences": list(quote.missing_fences),
+            }
+        )
+    )
+
+
+def find_quote(tx: Connection, quote_id: str, *, lock: bool = False) -> Quote | None:
+    query = sa.select(quotes).where(quotes.c.id == quote_id)
+    row = tx.execute(query.with_for_update() if lock else query).one_or_none()
+    return None if row is None else _quote(row)
+
+
+def list_quotes(
+    tx: Connection, organisation_id: str, after: int | None, limit: int
+) -> list[tuple[int, Quote]]:
+    query = sa.select(quotes).where(quotes.c.organisation_id == organisation_id)
+    if after is not None:
+        query = query.where(quotes.c.seq > after)
+    rows = tx.execute(query.order_by(quotes.c.seq).limit(limit))
+    return [(row.seq, _quote(row)) for row in rows]
+
+
+def keep_acceptance(tx: Connection, quote_id: str, contract_id: str) -> None:
+    tx.execute(quotes.update().where(quotes.c.id == quote_id).values(contract_id=contract_id))
+
+
+def insert_contract(tx: Connection, contract: Contract) -> Contract:
+    """Append; returns it with the sequence number given."""
+    values = {**_fields(contract), "points": _points_out(contract.points)}
+    del values["seq"]
+    tx.execute(contracts.insert().values(**values))
+    found = find_contract(tx, contracts.c.id == contract.id)
+    assert found is not None
+    return found
+
+
+def find_contract(
+    tx: Connection, *where: sa.ColumnElement[bool], lock: bool = False
+) -> Contract | None:
+    query = sa.select(contracts).where(*where).order_by(contracts.c.seq.desc()).limit(1)
+    row = tx.execute(query.with_for_update() if lock else query).one_or_none()
+    return None if row is None else _contract(row)
+
+
+def list_contracts(
+    tx: Connection,
+    *where: sa.ColumnElement[bool],
+    after: int | None = None,
+    limit: int | None = None,
+) -> list[Contract]:
+    query = sa.select(contracts).where(*where)
+    if after is not None:
+        query = query.where(contracts.c.seq > after)
+    return [_contract(row) for row in tx.execute(query.order_by(contracts.c.seq).limit(limit))]
+
+
+def end_contract(tx: Connection, contract_id: str, at: datetime) -> None:
+    tx.execute(
+        contracts.update()
+        .where(contracts.c.id == contract_id)
+        .values(state=ContractState.ENDED, ended_at=at)
+    )
+
+
+def keep_free_window(tx: Connection, contract: Contract, free: Interval, **values: Any) -> None:
+    """Once: a run is closed once, however often that is told."""
+    known = tx.execute(
+        sa.select(free_windows.c.starts_at).where(
+            free_windows.c.contract_id == contract.id, free_windows.c.starts_at == free.start
+        )
+    ).one_or_none()
+    if known is None:
+        tx.execute(
+            free_windows.insert().values(
+                contract_id=contract.id,
+                organisation_id=contract.organisation_id,
+                starts_at=free.start,
+                ends_at=free.end,
+                **values,
+            )
+        )
+
+
+def list_free_windows(tx: Connection, contract_id: str) -> list[Interval]:
+    rows = tx.execute(
+        sa.select(free_windows)
+        .where(free_windows.c.contract_id == contract_id)
+        .order_by(free_windows.c.starts_at)
+    )
+    return [Interval(row.starts_at, row.ends_at) for row in rows]
+
+
+def list_postings(tx: Connection, contract_id: str, kind: str) -> dict[Any, sa.Row[Any]]:
+    """How far each line stands, by (month, price_from)."""
+    rows = tx.execute(
+        sa.select(postings).where(postings.c.contract_id == contract_id, postings.c.kind == kind)
+    )
+    return {(row.month, row.price_from): row for row in rows}
+
+
+def keep_posting(
+    tx: Connection, contract: Contract, kind: str, key: tuple[datetime, datetime], **values: Any
+) -> None:
+    """Set how far a line is posted."""
+    where = (
+        (postings.c.contract_id == contract.id)
+        & (postings.c.kind == kind)
+        & (postings.c.month == key[0])
+        & (postings.c.price_from == key[1])
+    )
+    if tx.execute(postings.update().where(where).values(**values)).rowcount == 0:
+        tx.execute(
+            postings.insert().values(
+                contract_id=contract.id,
+                organisation_id=contract.organisation_id,
+                kind=kind,
+                month=key[0],
+                price_from=key[1],
+                **values,
+            )
+        )
+
+
+def insert_unmet(tx: Connection, **values: Any) -> None:
+    tx.execute(unmet.insert().values(**values))
+
+
+def list_unmet(tx: Connection, after: int | None, limit: int) -> list[Unmet]:
+    query = sa.select(unmet)
+    if after is not None:
+        query = query.where(unmet.c.seq > after)
+    rows = tx.execute(query.order_by(unmet.c.seq).limit(limit))
+    return [Unmet(**row._asdict()) for row in rows]
+
+
+def _fields(value: Quote | Contract) -> dict[str, Any]:
+    """Fields as they are: `asdict` would take points and lines apart."""
+    return {name: getattr(value, name) for name in type(value).__dataclass_fields__}
+
+
+def _points_out(points: Sequence[PricePoint]) -> list[dict[str, Any]]:
+    return [
+        {"from_us": micros_since_epoch(p.starts_at), "micros": p.micros, "version": p.version}
+        for p in points
+    ]
+
+
+def _points_in(found: Sequence[Mapping[str, Any]]) -> tuple[PricePoint, ...]:
+    return tuple(
+        PricePoint(starts_at=from_micros(p["from_us"]), micros=p["micros"], version=p["version"])
+        for p in found
+    )
+
+
+_LINE_INSTANTS = ("month", "start", "end")
+
+
+def _line_out(line: Line) -> dict[str, Any]:
+    values = {name: getattr(line, name) for name in Line.__dataclass_fields__}
+    for name in _LINE_INSTANTS:
+        values[name] = micros_since_epoch(values[name])
+    values["amount"] = line.amount.micros
+    return values
+
+
+def _line_in(found: Mapping[str, Any]) -> Line:
+    values = dict(found)
+    for name in _LINE_INSTANTS:
+        values[name] = from_micros(values[name])
+    values["amount"] = Money(values["amount"], CURRENCY)
+    return Line(**values)
+
+
+def _quote(row: sa.Row[Any]) -> Quote:
+    values = row._asdict()
+    del values["seq"]
+    values["product"] = Product(row.product)
+    values["points"] = _points_in(row.points)
+    values["lines"] = tuple(_line_in(line) for line in row.lines)
+    values["missing_fences"] = tuple(row.missing_fences)
+    return Quote(**values)
+
+
+def _contract(row: sa.Row[Any]) -> Contract:
+    values = row._asdict()
+    values["product"] = Product(row.product)
+    values["rule"] = DisplacementRule(row.rule)
+    values["state"] = ContractState(row.state)
+    values["points"] = _points_in(row.points)
+    return Contract(**values)

@@ -1,0 +1,118 @@
+"""Who gets devices: a new workload, one that starts again, one that waited.
+
+Each is a new admission with a new claim and a new hold, under the workload's contract.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import timedelta
+
+from sublet.base.kernel.errors import Forbidden, NoCapacity, PaymentRequired
+from sublet.base.store import Work
+from sublet.capacity import allocation
+from sublet.capacity.allocation import Claim, Refused
+from sublet.records import ledger, tenancy
+from sublet.rights import market, owner
+from sublet.shops.compute import life, store
+from sublet.shops.compute.model import Reason, Workload
+from sublet.shops.compute.states import Step
+
+
+def admit(work: Work, workload: Workload) -> Claim | Refused:
+    """Ask for devices under the workload's contract; its hold is taken already."""
+    contract = market.get_contract(work.tx, workload.contract_id)
+    if contract.is_first_party:
+        return owner.first_party_claim(
+            work,
+            pool_id=contract.pool_id,
+            organisation_id=contract.organisation_id,
+            devices=contract.devices,
+            count=contract.count,
+            urgency=allocation.Urgency.URGENT,
+            holder=workload.id,
+        )
+    claim = market.claim_of(
+        contract, claim_id=work.ids.new("clm"), holder=workload.id, now=work.now
+    )
+    longest = workload.spec.max_run_seconds
+    if longest is not None:
+        ends_at = work.now + timedelta(seconds=longest)
+        claim = dataclasses.replace(
+            claim, release=dataclasses.replace(claim.release, ends_at=ends_at)
+        )
+    decision = allocation.admit(work, claim)
+    return decision if isinstance(decision, Refused) else decision.claim
+
+
+def rank_of(contract: market.Contract) -> int:
+    """In which order waiters are served: first-party use before any sale, then as sales rank."""
+    if contract.is_first_party:
+        return max(allocation.Rank) + 1
+    claim = market.claim_of(contract, claim_id="", holder="", now=contract.started_at)
+    return int(claim.rank)
+
+
+def begin(work: Work, workload: Workload, claim: Claim) -> Workload:
+    """Admitted: from here it is provisioning, and its run is intended if devices are free."""
+    admitted = life.move(
+        work, workload, Step.ADMITTED, claim_id=claim.id, waiting_since=None, failure=None
+    )
+    life.intend(work, admitted)
+    return admitted
+
+
+def wait(work: Work, workload: Workload) -> Workload:
+    """In the queue: no device, no claim, no hold."""
+    life.drop_hold(work, workload)
+    return life.move(work, workload, Step.WAITED, waiting_since=work.now)
+
+
+def refusal(refused: Refused) -> NoCapacity:
+    """Out of stock, with every way on that is known."""
+    if refused.earliest_at is not None:
+        way = f"the earliest is {refused.earliest_at.isoformat(timespec='seconds')}"
+    elif refused.offer_to_wait:
+        way = "only what has no end stands in the way: send `wait` to be served when it leaves"
+    else:
+        way = "ask for a smaller shape"
+    return NoCapacity(
+        f"No capacity for this now ({refused.reason}): {way}.",
+        reason=str(refused.reason),
+        earliest_at=None if refused.earliest_at is None else refused.earliest_at.isoformat(),
+        offer_to_wait=refused.offer_to_wait,
+        smaller_count=refused.smaller_count,
+    )
+
+
+def place(work: Work, workload: Workload) -> bool:
+    """Devices for a workload that was admitted before they were free. True: something changed."""
+    if workload.party == "sale" and ledger.find_hold(work.tx, workload.id) is None:
+        try:
+            market.rehold(work, workload.contract_id)
+        except (PaymentRequired, Forbidden) as refused:
+            reason = Reason.BUDGET if isinstance(refused, Forbidden) else Reason.CREDIT_EXHAUSTED
+            life.end_now(work, workload, reason)
+            return True
+    return life.intend(work, workload) is not None
+
+
+def serve(work: Work, workload: Workload) -> None:
+    """A waiter's turn. Raises NoCapacity, PaymentRequired or Forbidden: it goes on waiting, and
+    the Work is to be rolled back."""
+    standing = tenancy.get_organisation(work.tx, workload.organisation_id).standing
+    if standing in (tenancy.Standing.SUSPENDED, tenancy.Standing.CLOSING):
+        raise tenancy.StandingForbids
+    contract = market.get_contract(work.tx, workload.contract_id)
+    if contract.max_price_micros is not None:
+        price = market.terms_of(work.tx, contract, None).point_at(work.now).micros
+        if price > contract.max_price_micros:
+            raise NoCapacity(
+                "The posted price is above the workload's limit: it waits for a lower one.",
+                reason="price",
+            )
+    market.rehold(work, workload.contract_id)
+    decision = admit(work, workload)
+    if isinstance(decision, Refused):
+        raise refusal(decision)
+    begin(work, store.get_workload(work.tx, workload.id), decision)
