@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -63,7 +64,8 @@ class World:
     nudges: list[int] = field(default_factory=list)
 
     def caller(self, secret: str | None) -> Client:
-        return Client("http://testserver", secret, http=self.http, sleep=lambda _: None)
+        http = httpx2.Client(transport=self.http._transport)
+        return Client("http://testserver", secret, http=http, sleep=lambda _: None)
 
     @property
     def owner(self) -> Client:
@@ -88,7 +90,12 @@ class World:
         sent = {name.replace("_", "-"): value for name, value in headers.items()}
         if secret is not None:
             sent["authorization"] = f"Bearer {secret}"
-        return self.http.request(method, path, json=body, headers=sent)
+        content = None
+        if body is not None:
+            # Escaped, so that what has no UTF-8 can be asked for as well.
+            content = json.dumps(body).encode()
+            sent["content-type"] = "application/json"
+        return self.http.request(method, path, content=content, headers=sent)
 
     def tick(self) -> None:
         """Every loop once, as the runner would after a nudge."""

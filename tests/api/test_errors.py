@@ -87,7 +87,7 @@ def test_a_body_that_is_no_json(world, content: bytes) -> None:
             "content-type": "application/json",
         },
     )
-    error_of(answer, 422, "invalid_body" if content else "invalid_request")
+    error_of(answer, 422, "invalid_body")
 
 
 def test_a_body_of_another_kind(world) -> None:

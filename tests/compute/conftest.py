@@ -23,7 +23,6 @@ from sublet.rights import market
 from sublet.shops import compute
 
 START = datetime(2026, 11, 2, 12, 7, tzinfo=UTC)
-LOOK = timedelta(seconds=10)
 TICK = timedelta(milliseconds=250)
 TESTER = Actor.system("test")
 
@@ -32,13 +31,21 @@ class World:
     """One owner, one consumer with credit, a pool of simulated nodes, every loop."""
 
     def __init__(
-        self, path: Path, *, nodes: int = 1, devices: int = 2, head_room: int = 0, **engine: Any
+        self,
+        path: Path,
+        *,
+        nodes: int = 1,
+        devices: int = 2,
+        head_room: int = 0,
+        look: float = 10,
+        **engine: Any,
     ) -> None:
         self.clock = VirtualClock(START)
+        self.look = timedelta(seconds=look)
         self.books = open_store(f"sqlite:///{path}/sublet.db", self.clock, SeededIds(1))
         metadata.create_all(self.books.engine)
         self.engine = SimulatedEngine(self.clock, nodes=nodes, devices=devices, **engine)
-        self.loop = compute.ComputeLoop(self.books, self.engine, look=LOOK)
+        self.loop = compute.ComputeLoop(self.books, self.engine, look=self.look)
         with self.books.work(TESTER) as work:
             for inventory in self.engine.inventories():
                 node = fleet.enrol(
@@ -112,7 +119,7 @@ class World:
 
     def restart(self) -> None:
         """A new control plane over the same database and the same machines."""
-        self.loop = compute.ComputeLoop(self.books, self.engine, look=LOOK)
+        self.loop = compute.ComputeLoop(self.books, self.engine, look=self.look)
 
     # ---- acting -----------------------------------------------------------------------------
 

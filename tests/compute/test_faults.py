@@ -227,9 +227,10 @@ def test_without_a_control_plane_the_runway_ends_it_without_credit(world: Any) -
     assert world.state(job) == "failed"
 
 
-def test_the_owners_own_run_goes_on_as_long_as_it_is_looked_at(world: Any) -> None:
+def test_the_owners_own_run_goes_on_as_long_as_it_is_looked_at(make_world: Make) -> None:
+    world = make_world(look=60)
     job = world.job("sleep", "20000", who=world.owner)
-    world.run(15_000)
+    world.run(8_000)
     assert world.state(job) == "running"
 
 
@@ -244,7 +245,7 @@ def test_one_empty_answer_proves_nothing(world: Any) -> None:
     job = world.job(env=FOREVER)
     world.run(20)
     observe = world.engine.observe
-    world.engine.observe = lambda: {}
+    world.engine.observe = dict
     world.step()
     world.engine.observe = observe
     world.run(10)
@@ -262,7 +263,7 @@ def test_strangers_are_refused_where_the_fences_do_not_hold(make_world: Make) ->
     assert world.state(own) == "completed"
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_mixed_work_under_faults_keeps_the_books_true(make_world: Make, seed: int) -> None:
     world = make_world(nodes=3, devices=2)
     rng = seeded_rng(seed)
@@ -273,14 +274,14 @@ def test_mixed_work_under_faults_keeps_the_books_true(make_world: Make, seed: in
             rng,
             nodes=nodes,
             start=world.at(0),
-            end=world.at(3600),
+            end=world.at(1800),
             per_node_day=120,
             kinds=kinds,
             longest_seconds=200,
         )
     )
     made = []
-    for minute in range(60):
+    for minute in range(30):
         for _ in range(rng.randrange(3)):
             long = str(rng.randrange(5, 400))
             made.append(
@@ -296,7 +297,7 @@ def test_mixed_work_under_faults_keeps_the_books_true(make_world: Make, seed: in
         if rng.random() < 0.1:
             world.restart()
         world.until(60 * (minute + 1))
-    world.run(4000)
+    world.run(1500)
     live_runs = {run.spec.run_id for run in world.engine.live_runs()}
     with world.books.read() as tx:
         known = {run.id for run in compute.list_live_runs(tx)}

@@ -134,10 +134,15 @@ def test_a_higher_rank_displaces_with_notice_and_the_victim_is_queued(make_world
     world.run(50)
     firm = world.rent(offer="gpu-on-demand", who=world.other)
     assert firm.state is compute.State.PROVISIONING
-    world.run(100)
+    first = world.last(spot)
+    for _ in range(60):
+        world.run(10)
+        if world.state(spot) == "interrupting":
+            break
     assert world.state(firm) == "provisioning"
-    assert world.state(spot) == "interrupting"
-    world.run(80)
+    world.run(180)
+    assert world.last(spot).term_at - world.last(spot).published_at >= timedelta(seconds=120)
+    assert world.last(spot).id == first.id
     assert world.state(firm) == "running"
     assert world.state(spot) == "awaiting_capacity"
     assert world.runs(spot)[0].reason is compute.Reason.SPOT_INTERRUPTION
@@ -227,7 +232,7 @@ def test_an_immediate_cordon_is_refused_without_break_notice(world: Any) -> None
     world.run(60)
     assert world.state(instance) == "stopped"
     assert world.see(instance).reason is compute.Reason.MAINTENANCE
-    assert world.state(own) == "awaiting_capacity"
+    assert world.state(own) == "provisioning", "its claim stands, and no device is for sale"
 
 
 def test_a_drain_gives_everybody_their_notice_and_takes_nobody_new(world: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,11 +26,31 @@ take `after` and `limit` and say `next`. Money is integer micros, instants are I
 """
 
 
+class _Api(FastAPI):
+    """Says what it is from the routes alone, which are the same for every app of a version."""
+
+    def openapi(self) -> dict[str, Any]:
+        return _document(self.version)
+
+
 def create_api(deps: Deps) -> FastAPI:
     """The ASGI application. It holds nothing but counters: any number may serve one store."""
-    app = FastAPI(
+    app = _routed(_Api, deps.version)
+    metrics = Metrics(deps)
+    app.state.deps = deps
+    app.state.metrics = metrics
+    app.state.pace = Pace(deps.store.clock.now)
+    errors.install(app, lambda operation: _known_fields(deps.version).get(operation, ()))
+    app.add_middleware(
+        Envelope, new_id=lambda: deps.store.ids.new("req"), counted=metrics.count_answer
+    )
+    return app
+
+
+def _routed(kind: type[FastAPI], version: str) -> FastAPI:
+    app = kind(
         title="Sublet",
-        version=deps.version,
+        version=version,
         description=DESCRIPTION,
         docs_url=None,
         redoc_url=None,
@@ -37,19 +58,15 @@ def create_api(deps: Deps) -> FastAPI:
         generate_unique_id_function=_operation_id,
         dependencies=[Depends(_no_unknown_query)],
     )
-    metrics = Metrics(deps)
-    app.state.deps = deps
-    app.state.metrics = metrics
-    app.state.pace = Pace(deps.store.clock.now)
     for router in ROUTERS:
         app.include_router(router)
-    document = app.openapi()
-    app.state.known_queries = _known_queries(document)
-    errors.install(app, _known_fields(document))
-    app.add_middleware(
-        Envelope, new_id=lambda: deps.store.ids.new("req"), counted=metrics.count_answer
-    )
     return app
+
+
+@functools.cache
+def _document(version: str) -> dict[str, Any]:
+    # It takes a second to make, so it is made when it is first asked for.
+    return _routed(FastAPI, version).openapi()
 
 
 def _operation_id(route: APIRoute) -> str:
@@ -58,9 +75,11 @@ def _operation_id(route: APIRoute) -> str:
 
 def _no_unknown_query(request: Request) -> None:
     """A misspelt query parameter is refused by name, as a misspelt field is."""
-    known = request.app.state.known_queries.get(getattr(request.scope["route"], "name", ""))
+    if not request.query_params:
+        return
+    known = _known_queries(request.app.version)[request.scope["route"].name]
     for name in request.query_params:
-        if known is not None and name not in known:
+        if name not in known:
             there_are = f"; there are: {', '.join(sorted(known))}" if known else ""
             raise Invalid(f"{name}: there is no such query parameter{there_are}", param=name)
 
@@ -73,17 +92,20 @@ def _operations(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     }
 
 
-def _known_queries(document: Mapping[str, Any]) -> dict[str, frozenset[str]]:
+@functools.cache
+def _known_queries(version: str) -> dict[str, frozenset[str]]:
     return {
         name: frozenset(
             item["name"] for item in operation.get("parameters", ()) if item["in"] == "query"
         )
-        for name, operation in _operations(document).items()
+        for name, operation in _operations(_document(version)).items()
     }
 
 
-def _known_fields(document: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+@functools.cache
+def _known_fields(version: str) -> dict[str, tuple[str, ...]]:
     """Operation → the fields of its body, read from the same document that callers read."""
+    document = _document(version)
     schemas = document["components"]["schemas"]
     found: dict[str, tuple[str, ...]] = {}
     for name, operation in _operations(document).items():

@@ -7,7 +7,7 @@ of the wrong type, bodies that are no JSON, routes that do not exist, and our ow
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from enum import Enum
 from typing import Any, NamedTuple
@@ -145,8 +145,8 @@ def plain(value: Any) -> Any:
 class WrongValues:
     """Says of each wrong value where it is and what would be right."""
 
-    def __init__(self, known: Mapping[str, Sequence[str]]) -> None:
-        self._known = known
+    def __init__(self, fields_of: Callable[[str], Sequence[str]]) -> None:
+        self._fields_of = fields_of
         """Operation id → the top-level fields of its body."""
 
     def error(self, found: Sequence[Mapping[str, Any]], operation: str) -> kernel.Invalid:
@@ -166,7 +166,7 @@ class WrongValues:
         if item["type"] == "wrong_field":
             return str(item["ctx"]["param"]), str(item["msg"])
         if item["type"] == "extra_forbidden":
-            fields = ", ".join(self._known.get(operation, ())) if len(where) == 1 else ""
+            fields = ", ".join(self._fields_of(operation)) if len(where) == 1 else ""
             hint = f"; the fields are: {fields}" if fields else ""
             return param, f"there is no such field{hint}"
         if item["type"] == "missing":
@@ -175,9 +175,9 @@ class WrongValues:
         return param, message.replace("Input should be", "this should be", 1)
 
 
-def install(app: FastAPI, known_fields: Mapping[str, Sequence[str]]) -> None:
+def install(app: FastAPI, fields_of: Callable[[str], Sequence[str]]) -> None:
     """Make every failure of the app answer in the one shape."""
-    wrong_values = WrongValues(known_fields)
+    wrong_values = WrongValues(fields_of)
 
     def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, kernel.SubletError)

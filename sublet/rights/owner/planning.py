@@ -99,7 +99,10 @@ def kept(
         return None
     found = []
     for row in rows:
-        moved = row if not row.victims else _moved(book, row, now=now, is_dated=by is not None)
+        if not row.victims:
+            found.append(replace(row, free_by=max(row.free_by, now)))
+            continue
+        moved = _moved(book, row, now=now, is_dated=by is not None)
         if moved is None:
             return None
         found.append(moved)

@@ -356,6 +356,9 @@ def ended(work: Work, run_id: str, end: End) -> None:
     if end.failure is not None:
         fleet.note_start_failure(work, run.node_id)
         keep_neighbours(work, run.node_id)
+    if end.term_at is not None and workload.state is not State.STOPPING:
+        # SIGTERM and exit lay between two looks.
+        workload = move(work, workload, Step.ENDING, reason=end.reason)
     _come_to_rest(work, workload, end)
 
 

@@ -217,7 +217,8 @@ def stop_for(work: Work, workload_id: str, reason: Reason | str) -> Workload:
     workload, why = store.get_workload(work.tx, workload_id), Reason(reason)
     if not workload.is_live:
         return workload
-    if why not in INTERRUPTIONS and workload.desired is Desired.RUNNING:
+    comes_back = why in INTERRUPTIONS or workload.kind == "job"
+    if workload.desired is Desired.RUNNING and not comes_back:
         workload = store.update_workload(work, workload, desired=Desired.STOPPED)
     return life.end_now(work, workload, why)
 

@@ -13,7 +13,7 @@ import signal
 import socket
 import stat
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sublet.capacity.engines.local.channel import Channel, NoSupervisor
@@ -159,7 +159,7 @@ def _stat_result(numbers: Sequence[int]) -> os.stat_result:
     return os.stat_result([*plain, *seconds], {**exact, **times})
 
 
-_READ_AS = {
+_READ_AS: dict[str, Callable[[Any], Any]] = {
     "stat": _stat_result,
     "lstat": _stat_result,
     "fstatvfs": os.statvfs_result,

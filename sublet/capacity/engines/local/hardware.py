@@ -118,8 +118,8 @@ def gpu_findings(uuids: Sequence[str]) -> list[str]:
             used = pynvml.nvmlDeviceGetMemoryInfo(handle).used
             if used > CLEAN_GPU_BYTES:
                 findings.append(f"{uuid}: {used} bytes of device memory are in use")
-            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
-                findings.append(f"{uuid}: process {process.pid} holds the device")
+            holders = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            findings += [f"{uuid}: process {holder.pid} holds it" for holder in holders]
     except pynvml.NVMLError as error:
         findings.append(f"the GPUs cannot be asked: {error}")
     finally:

@@ -8,6 +8,7 @@ runs on whatever Python the sandbox has.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -19,12 +20,17 @@ import stat
 import sys
 import time
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
 CLONE_NEWUSER = 0x10000000
 AF_VSOCK = 40
 MIB = 1 << 20
 
 
-def walls(given):
+def walls(given: dict[str, Any]) -> dict[str, Any]:
     return {
         "files": read_files(given["files"]) + write_system(),
         "processes": reach_processes(given["pids"], given["mark"]),
@@ -34,10 +40,11 @@ def walls(given):
     }
 
 
-def read_files(paths):
+def read_files(paths: Sequence[str]) -> list[str]:
     """Each path as it is, and through the root of any process that shows one."""
     reached = []
-    roots = [""] + ["/proc/" + pid + "/root" for pid in os.listdir("/proc") if pid.isdigit()][:64]
+    pids = [name for name in os.listdir("/proc") if name.isdigit()]
+    roots = ["", *("/proc/" + pid + "/root" for pid in pids[:64])]
     for path in paths:
         for root in roots:
             try:
@@ -50,7 +57,7 @@ def read_files(paths):
     return reached
 
 
-def write_system():
+def write_system() -> list[str]:
     reached = []
     for path in ("/usr/sublet-probe", "/sublet-probe", "/etc/sublet-probe", "/dev/sublet-probe"):
         try:
@@ -62,7 +69,7 @@ def write_system():
     return reached
 
 
-def reach_processes(pids, mark):
+def reach_processes(pids: Sequence[int], mark: str) -> list[str]:
     """Is any process of the host or of another workload to be seen or signalled?"""
     reached = []
     for name in os.listdir("/proc"):
@@ -70,21 +77,21 @@ def reach_processes(pids, mark):
             try:
                 with open("/proc/" + name + "/cmdline", "rb") as source:
                     if mark.encode() in source.read() and int(name) in pids:
-                        reached.append("process %s is visible" % name)
+                        reached.append(f"process {name} is visible")
             except OSError:
                 continue
     for pid in pids:
         try:
             os.kill(pid, 0)
-            with open("/proc/%d/cmdline" % pid, "rb") as source:
+            with open(f"/proc/{pid}/cmdline", "rb") as source:
                 if mark.encode() in source.read():  # else it is one of our own with that number
-                    reached.append("process %d can be signalled" % pid)
+                    reached.append(f"process {pid} can be signalled")
         except OSError:
             continue
     return reached
 
 
-def open_devices(nodes):
+def open_devices(nodes: Sequence[str]) -> list[str]:
     reached = []
     for node in nodes:
         try:
@@ -100,19 +107,17 @@ def open_devices(nodes):
             reached.append("a node made for " + name)
         except OSError:
             pass
-        try:
+        with contextlib.suppress(OSError):
             os.unlink("probe-node")
-        except OSError:
-            pass
     return reached
 
 
-def reach_network(addresses, abstract):
+def reach_network(addresses: Sequence[tuple[str, int]], abstract: str) -> list[str]:
     reached = []
     for host, port in addresses:
         try:
             socket.create_connection((host, port), timeout=1).close()
-            reached.append("%s:%d" % (host, port))
+            reached.append(f"{host}:{port}")
         except OSError:
             continue
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
@@ -129,16 +134,17 @@ def reach_network(addresses, abstract):
     return reached
 
 
-def make_namespace():
+def make_namespace() -> str:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWUSER) == 0:
         return "allowed"
     return os.strerror(ctypes.get_errno())
 
 
-def bomb(given):
+def bomb(given: dict[str, Any]) -> dict[str, Any]:
     """Fork until refused, or clearly past the limit."""
-    children, refused = [], None
+    children: list[int] = []
+    refused = None
     read_end, write_end = os.pipe()
     while len(children) < given["most"]:
         try:
@@ -157,9 +163,9 @@ def bomb(given):
     return {"forked": len(children), "refused": errno.errorcode.get(refused or 0)}
 
 
-def memory(given):
+def memory(given: dict[str, Any]) -> dict[str, Any]:
     """Write to private and then to shared memory past the limit, saying how far it went."""
-    held = []
+    held: list[mmap.mmap] = []
     for kind, flags in (("private", mmap.MAP_PRIVATE), ("shared", mmap.MAP_SHARED)):
         while len(held) * 4 * MIB < given["most"]:
             try:
@@ -174,7 +180,7 @@ def memory(given):
     return {"kept": len(held) * 4 * MIB}
 
 
-def cpu(given):
+def cpu(given: dict[str, Any]) -> dict[str, Any]:
     """Take every CPU that can be had and spin; how much time was burnt a second?"""
     try:
         os.sched_setaffinity(0, range(given["host_cpus"]))
@@ -183,7 +189,7 @@ def cpu(given):
         widened = errno.errorcode.get(error.errno, "refused")
     allowed = len(os.sched_getaffinity(0))
     begin = time.monotonic()
-    children = []
+    children: list[int] = []
     for _ in range(4):
         pid = os.fork()
         if pid == 0:
@@ -199,23 +205,23 @@ def cpu(given):
     return {"allowed": allowed, "widened": widened, "rate": round(rate, 3)}
 
 
-def disk(given):
+def disk(given: dict[str, Any]) -> dict[str, Any]:
     """Write files that are allowed one by one, and too much together."""
     for number in range(given["files"]):
-        with open("probe-%d" % number, "wb") as sink:
+        with open(f"probe-{number}", "wb") as sink:
             sink.write(b"x" * given["each"])
     time.sleep(given["stay"])
     return {"written": given["files"] * given["each"]}
 
 
-def outbound(given):
+def outbound(given: dict[str, Any]) -> dict[str, Any]:
     return {"network": reach_network(given["addresses"], given["abstract"])}
 
 
-def victim(given):
+def victim(given: dict[str, Any]) -> dict[str, Any]:
     with open("secret", "w") as sink:
         sink.write("of another workload")
-    print(json.dumps({"ready": True}), flush=True)
+    print(json.dumps({"ready": given["mark"]}), flush=True)
     signal.pause()
     return {}
 

@@ -12,6 +12,7 @@ done already. A run of another boot is over. It is billed to its last evidence i
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from datetime import datetime
@@ -23,6 +24,8 @@ from sublet.capacity.engines.local.supervise import cgroups, records, usage
 from sublet.capacity.engines.port import Observation, Phase
 
 KILLED = 137
+STALE_NS = 15_000_000_000
+"""A supervisor writes evidence every second; this is no longer a busy machine."""
 
 
 def observe(folder: Path, clock: Clock) -> Observation | None:
@@ -43,14 +46,18 @@ def observe(folder: Path, clock: Clock) -> Observation | None:
         if not held:
             return None
         return Observation(run_id=plan.run_id, workload_id=plan.workload_id, phase=Phase.STARTING)
+    found = _observation(path, plan, state, clock)
     if state.v != records.PROTOCOL:
-        return _silent(plan, state, f"its records speak protocol {state.v}")
-    if not held and not state.is_over:
-        concluded = conclude(path, plan, clock)
-        if concluded is None:
-            return _silent(plan, state, "its supervisor is gone and it cannot be told what is left")
-        state = concluded
-    return _observation(path, plan, state, clock)
+        return _silent(found, f"its records speak protocol {state.v}")
+    if state.is_over:
+        return found
+    if held:
+        age_ns = clock.boot_ns() - _last_evidence_ns(path, state)
+        return _silent(found, "its supervisor is stuck") if age_ns > STALE_NS else found
+    concluded = conclude(path, plan, clock)
+    if concluded is None or not concluded.is_over:
+        return _silent(found, "its supervisor is gone and something of it may be left")
+    return _observation(path, plan, concluded, clock)
 
 
 def conclude(path: str, plan: records.Plan, clock: Clock) -> records.State | None:
@@ -126,10 +133,8 @@ def _unreadable(folder: Path, plan: records.Plan | None, damage: records.Damaged
     )
 
 
-def _silent(plan: records.Plan, state: records.State, why: str) -> Observation:
-    return Observation(
-        run_id=plan.run_id, workload_id=plan.workload_id, phase=Phase.SILENT, failure=why
-    )
+def _silent(found: Observation, why: str) -> Observation:
+    return dataclasses.replace(found, phase=Phase.SILENT, failure=why)
 
 
 def _observation(path: str, plan: records.Plan, state: records.State, clock: Clock) -> Observation:

@@ -67,13 +67,13 @@ def attempts(
     party = _Party(engine, clock, folder, devices)
     try:
         with host_to_find(mark) as host:
-            _start_all(party, host, devices, outbound)
+            _start_all(party, host, outbound)
             return party.finish()
     finally:
         party.clear()
 
 
-def _start_all(party: _Party, host: Host, devices: Sequence[str], outbound: str) -> None:
+def _start_all(party: _Party, host: Host, outbound: str) -> None:
     party.start("victim", {"mark": host.mark})
     party.start("cpu", {"host_cpus": os.cpu_count() or 1, "seconds": SPIN_SECONDS})
     party.start("disk", {"files": 3, "each": DISK // 2, "stay": 6})

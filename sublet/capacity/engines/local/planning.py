@@ -75,7 +75,7 @@ class Rules:
             has_python=os.access(PYTHON, os.X_OK),
             has_seccomp="seccomp" not in without and seccomp.is_supported(),
             cgroup_bases=bases,
-            outbound="none" if "outbound" in without else _way_out(),
+            outbound=_way_out(without),
             log_bytes=log_bytes,
             disk_reserve_bytes=(
                 min(size // 20, 10 << 30) if disk_reserve_bytes is None else disk_reserve_bytes
@@ -169,10 +169,13 @@ class Rules:
         return dataclasses.replace(plan, uid=uid)
 
 
-def _way_out() -> Outbound:
-    for name in ("pasta", "slirp4netns"):
-        if shutil.which(name):
-            return name  # type: ignore[return-value]
+def _way_out(without: frozenset[str]) -> Outbound:
+    if "outbound" in without:
+        return "none"
+    if "pasta" not in without and shutil.which("pasta"):
+        return "pasta"
+    if shutil.which("slirp4netns"):
+        return "slirp4netns"
     return "none"
 
 

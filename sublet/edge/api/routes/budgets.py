@@ -96,13 +96,13 @@ def _scope(call: Call, tx: Connection, kind: ScopeKind, scope_id: str) -> None:
     """The scope is the caller's own, or not found."""
     if kind is ScopeKind.ORGANISATION:
         if scope_id != call.organisation_id:
-            raise tenancy.OrganisationNotFound(param="scope_id")
+            raise tenancy.OrganisationNotFound()
     elif kind is ScopeKind.PROJECT:
         project = tenancy.get_project(tx, scope_id)
         if project.organisation_id != call.organisation_id:
-            raise tenancy.ProjectNotFound(param="scope_id")
+            raise tenancy.ProjectNotFound()
     elif tenancy.get_key(tx, scope_id).organisation_id != call.organisation_id:
-        raise tenancy.KeyNotFound(param="scope_id")
+        raise tenancy.KeyNotFound()
 
 
 def _shown(tx: Connection, budget: tenancy.Budget, now: datetime) -> rest.Budget:

@@ -173,10 +173,12 @@ def create(
             if not _make(os.path.dirname(folder), unified=unified):
                 raise OSError(errno.EACCES, f"no group can be made in {folder}")
             try:
-                os.makedirs(folder, exist_ok=True)
-                break
+                os.mkdir(folder)
             except FileNotFoundError:
                 continue
+            except FileExistsError:
+                pass
+            break
         if not unified:
             _inherit_cpuset(folder)
     if "cpuset" in run and cpus:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-import selectors
 import signal
 import socket
 import struct
@@ -18,15 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from . import records, wire
 from .records import PROTOCOL, boot_ns
+from .run import Refused
 
 if TYPE_CHECKING:
-    from .main import Supervisor
+    from .supervisor import Supervisor
 
 _MOST_PEERS = 256
-
-
-class Refused(Exception):
-    """The order cannot be followed in this phase; the word says why."""
 
 
 class _Peer:
@@ -39,7 +35,7 @@ class _Peer:
 class ControlServer:
     def __init__(self, supervisor: Supervisor, folder: str) -> None:
         self._supervisor = supervisor
-        self._selector = supervisor.selector
+        self._loop = supervisor.loop
         self._peers: set[_Peer] = set()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         address, fd = wire.address(folder, records.SOCKET)
@@ -49,15 +45,15 @@ class ControlServer:
             os.close(fd)
         self._listener.listen(64)
         self._listener.setblocking(False)
-        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._loop.watch(self._listener, self._accept)
 
     def close(self) -> None:
         for peer in list(self._peers):
             self._close(peer)
-        self._selector.unregister(self._listener)
+        self._loop.forget(self._listener)
         self._listener.close()
 
-    def _accept(self, _mask: int) -> None:
+    def _accept(self, _events: int) -> None:
         try:
             channel, _ = self._listener.accept()
         except OSError:
@@ -70,17 +66,20 @@ class ControlServer:
         channel.setblocking(False)
         peer = _Peer(channel)
         self._peers.add(peer)
-        self._selector.register(channel, selectors.EVENT_READ, lambda _mask: self._receive(peer))
+        self._loop.watch(channel, lambda _events: self._receive(peer))
 
     def _close(self, peer: _Peer) -> None:
         if not peer.is_open:
             return
         peer.is_open = False
         self._peers.discard(peer)
-        self._selector.unregister(peer.channel)
+        self._loop.forget(peer.channel)
         peer.channel.close()
-        if peer.spawned is not None and peer.spawned in self._supervisor.exits:
+        if self._lives(peer):
             self._ask_quietly({"op": "hangup", "to": peer.spawned})
+
+    def _lives(self, peer: _Peer) -> bool:
+        return peer.spawned is not None and peer.spawned in self._supervisor.waiting_for_exit()
 
     def _ask_quietly(self, request: dict[str, Any]) -> None:
         try:
@@ -140,8 +139,9 @@ class ControlServer:
             self._saved(peer)
         elif op == "signal":
             self._must_be("running", "stopping")
-            supervisor.signal_all(
-                int(request["signum"]), lambda answer, _fds: self._answer(peer, answer)
+            supervisor.ask(
+                {"op": "signal", "signum": int(request["signum"])},
+                lambda answer, _fds: self._answer(peer, answer),
             )
         elif op == "spawn":
             self._must_be("running")
@@ -175,7 +175,9 @@ class ControlServer:
         self._answer(peer, {"ok": True, "at_ns": fixed})
         if is_first and run.state.phase == "running":
             shown = run.state.notice or {}
-            supervisor.say(f"interruption announced: {shown.get('reason')}, {shown.get('time')}")
+            supervisor.log.say(
+                f"interruption announced: {shown.get('reason')}, {shown.get('time')}"
+            )
             name = run.plan.notice_signal
             if name is not None:
                 self._ask_quietly({"op": "signal", "signum": int(signal.Signals[name])})
@@ -199,10 +201,10 @@ class ControlServer:
             "env": {str(name): str(value) for name, value in request["env"].items()},
             "terminal": bool(request["terminal"]),
         }
-        peer.spawned = self._supervisor.ask_to_spawn(inner, fds, answered, exited)
+        peer.spawned = self._supervisor.spawn(inner, fds, answered, exited)
 
     def _to_spawned(self, peer: _Peer, request: dict[str, Any]) -> None:
-        if peer.spawned is None or peer.spawned not in self._supervisor.exits:
+        if not self._lives(peer):
             return
         if request["op"] == "spawn_hangup":
             self._ask_quietly({"op": "hangup", "to": peer.spawned})

@@ -12,6 +12,7 @@ GPU nodes that must be there (comma separated).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -26,28 +27,34 @@ import sys
 import termios
 import time
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing takes as long to import as half of what is above
+    from collections.abc import Callable, Iterable, Sequence
+    from typing import Any, NoReturn
+
 LARGEST = 128 * 1024
 PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36
 HANG_UP_SECONDS = 1.0
 CONNECT_SECONDS = 15
 MOST_CONNECTING = 64
+VOLATILE = ("/tmp", "/run", "/dev/shm")  # noqa: S108 - the sandbox's own, which live in memory
 TENANT_OOM_ADJ = b"300"  # the kernel then ends a tenant's process first, and init reports it
 
 
 class Init:
-    def __init__(self, control_fd, bare):
+    def __init__(self, control_fd: int, bare: bool) -> None:
         self.control = socket.socket(fileno=control_fd)
         self.bare = bare
-        self.spawned = {}  # pid -> id of the request that started it
-        self.running = {}  # id -> pid
-        self.connecting = set()
+        self.spawned: dict[int, int] = {}  # pid -> id of the request that started it
+        self.running: dict[int, int] = {}  # id -> pid
+        self.connecting: set[int] = set()
         self.draining = False
-        self.hang_ups = []  # (when, session)
+        self.hang_ups: list[tuple[float, int]] = []  # when, session
         self.proc_dev = os.stat("/proc").st_dev
 
     # -- the loop
 
-    def serve(self, wakeup):
+    def serve(self, wakeup: int) -> NoReturn:
         selector = selectors.DefaultSelector()
         selector.register(self.control, selectors.EVENT_READ)
         selector.register(wakeup, selectors.EVENT_READ)
@@ -64,7 +71,7 @@ class Init:
             while self.hang_ups and self.hang_ups[0][0] <= time.monotonic():
                 self.signal_session(self.hang_ups.pop(0)[1], signal.SIGKILL)
 
-    def receive(self):
+    def receive(self) -> None:
         data, fds, _, _ = socket.recv_fds(self.control, LARGEST, 4, socket.MSG_CMSG_CLOEXEC)
         if not data:
             self.end()
@@ -79,7 +86,7 @@ class Init:
             for fd in fds:
                 os.close(fd)
 
-    def answer(self, request, fds):
+    def answer(self, request: dict[str, Any], fds: Sequence[int]) -> None:
         op = request["op"]
         if op == "spawn":
             self.spawn(request, fds)
@@ -97,18 +104,18 @@ class Init:
         else:
             self.reply(request, errno=errno.ENOSYS)
 
-    def send(self, message, fds=()):
+    def send(self, message: dict[str, Any], fds: Iterable[int] = ()) -> None:
         data = json.dumps(message, separators=(",", ":")).encode("ascii")
         socket.send_fds(self.control, [data], list(fds))
 
-    def reply(self, request, fds=(), **fields):
+    def reply(self, request: dict[str, Any], fds: Iterable[int] = (), **fields: Any) -> None:
         fields["id"] = request.get("id")
         try:
             self.send(fields, fds)
         except OSError:
             self.send({"id": request.get("id"), "errno": errno.EMSGSIZE})
 
-    def end(self):
+    def end(self) -> NoReturn:
         """The supervisor is gone: nothing here may outlive it."""
         for _ in range(50 if self.bare else 1):
             self.signal_all(signal.SIGKILL)
@@ -119,7 +126,7 @@ class Init:
 
     # -- processes
 
-    def spawn(self, request, fds):
+    def spawn(self, request: dict[str, Any], fds: Sequence[int]) -> None:
         if len(fds) != 3:
             raise OSError(errno.EINVAL, "three descriptors are needed")
         started, tell = os.pipe()
@@ -138,7 +145,7 @@ class Init:
         else:
             self.reply(request, ok=True)
 
-    def reap(self):
+    def reap(self) -> None:
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -156,7 +163,7 @@ class Init:
                 code = os.waitstatus_to_exitcode(status)
                 self.send({"event": "exit", "of": ident, "code": code if code >= 0 else 128 - code})
 
-    def signal(self, request):
+    def signal(self, request: dict[str, Any]) -> None:
         number = int(request["signum"])
         if request.get("to") is None:
             self.signal_all(number)
@@ -166,28 +173,28 @@ class Init:
             os.killpg(self.running[request["to"]], number)
         self.reply(request, ok=True)
 
-    def signal_all(self, number):
+    def signal_all(self, number: int) -> None:
         if self.bare:
             for pid in descendants(os.getpid()):
                 send_signal(pid, number)
         else:
             send_signal(-1, number)  # from process 1: everyone else, and nobody forks meanwhile
 
-    def hang_up(self, ident):
+    def hang_up(self, ident: int) -> None:
         session = self.running.get(ident)
         if session is not None:
             self.signal_session(session, signal.SIGHUP)
             self.signal_session(session, signal.SIGCONT)
             self.hang_ups.append((time.monotonic() + HANG_UP_SECONDS, session))
 
-    def signal_session(self, session, number):
+    def signal_session(self, session: int, number: int) -> None:
         for pid, (_, its_session) in processes().items():
             if its_session == session:
                 send_signal(pid, number)
 
     # -- the network
 
-    def connect(self, request):
+    def connect(self, request: dict[str, Any]) -> None:
         if len(self.connecting) >= MOST_CONNECTING:
             raise OSError(errno.EAGAIN, "too many connections are being opened")
         host, port = str(request["host"]), int(request["port"])
@@ -212,7 +219,7 @@ class Init:
 
     # -- files
 
-    def file(self, request):
+    def file(self, request: dict[str, Any]) -> None:
         operation, args = request["operation"], request["args"]
         if operation == "open":
             fd = self.open(*args)
@@ -227,7 +234,7 @@ class Init:
         else:
             raise OSError(errno.ENOSYS, operation)
 
-    def open(self, path, flags, mode):
+    def open(self, path: str, flags: int, mode: int) -> int:
         """A regular file or /dev/null: whoever gets the descriptor must never wait on it."""
         fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, mode)
         found = os.fstat(fd)
@@ -240,8 +247,8 @@ class Init:
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
         return fd
 
-    def listdir(self, request, path):
-        batch = []
+    def listdir(self, request: dict[str, Any], path: str) -> None:
+        batch: list[Any] = []
         with os.scandir(path) as entries:
             for entry in entries:
                 try:
@@ -254,7 +261,7 @@ class Init:
         self.reply(request, ok=True, value=batch)
 
 
-def numbers(found):
+def numbers(found: os.stat_result) -> list[int]:
     return [
         *found[:7],
         found.st_atime_ns,
@@ -263,7 +270,7 @@ def numbers(found):
     ]
 
 
-FILE_OPERATIONS = {
+FILE_OPERATIONS: dict[str, Callable[..., Any]] = {
     "stat": lambda path: numbers(os.stat(path)),
     "lstat": lambda path: numbers(os.lstat(path)),
     "fstatvfs": lambda path: list(os.statvfs(path)),
@@ -272,7 +279,7 @@ FILE_OPERATIONS = {
     "unlink": os.unlink,
     "rename": os.rename,
     "readlink": os.readlink,
-    "symlink": lambda target, path: os.symlink(target, path),
+    "symlink": os.symlink,
     "link": os.link,
     "chmod": os.chmod,
     "utime": lambda path, atime_ns, mtime_ns: os.utime(path, ns=(atime_ns, mtime_ns)),
@@ -281,7 +288,7 @@ FILE_OPERATIONS = {
 }
 
 
-def become(request, fds, tell):
+def become(request: dict[str, Any], fds: Sequence[int], tell: int) -> NoReturn:
     """In the forked child: turn into the program asked for, or say the errno and end."""
     code = 126
     try:
@@ -316,7 +323,7 @@ def become(request, fds, tell):
         os._exit(code)
 
 
-def processes():
+def processes() -> dict[int, tuple[int, int]]:
     """Every process seen in /proc: pid -> (parent, session)."""
     found = {}
     for name in os.listdir("/proc"):
@@ -330,11 +337,12 @@ def processes():
     return found
 
 
-def descendants(root):
-    children = {}
+def descendants(root: int) -> list[int]:
+    children: dict[int, list[int]] = {}
     for pid, (parent, _) in processes().items():
         children.setdefault(parent, []).append(pid)
-    found, queue = [], [root]
+    found: list[int] = []
+    queue = [root]
     while queue:
         below = children.get(queue.pop(), [])
         found.extend(below)
@@ -342,14 +350,12 @@ def descendants(root):
     return found
 
 
-def send_signal(pid, number):
-    try:
+def send_signal(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(pid, number)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
-def main():
+def main() -> None:
     control_fd, mode, limit, nodes = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
     bare = mode == "bare"
     libc = ctypes.CDLL(None, use_errno=True)
@@ -358,10 +364,8 @@ def main():
         libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     for name in os.listdir("/proc/self/fd"):
         if int(name) > 2 and int(name) != control_fd:
-            try:
+            with contextlib.suppress(OSError):
                 os.close(int(name))
-            except OSError:
-                pass
     os.set_inheritable(control_fd, False)
     os.umask(0o022)
     if limit:
@@ -372,10 +376,8 @@ def main():
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGTTOU, signal.SIGTTIN):
         signal.signal(number, signal.SIG_IGN)
     init = Init(control_fd, bare)
-    volatile = []
-    if not bare:
-        for path in ("/tmp", "/run", "/dev/shm"):
-            volatile.append(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+    paths = () if bare else VOLATILE
+    volatile = [os.open(path, os.O_PATH | os.O_DIRECTORY) for path in paths]
     init.send(
         {
             "event": "hello",

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import os
 
+from .loop import Loop
+
 PIECE_NAME = "log"
+_BURST = 256 * 1024
+_REST_NS = 50_000_000
 
 
 class LogWriter:
@@ -38,10 +42,6 @@ class LogWriter:
             self._room -= written
             view = view[written:]
 
-    def say(self, text: str) -> None:
-        """A line of Sublet's own, on a line by itself."""
-        self.write(f"[sublet] {text}\n".encode())
-
     def _turn(self) -> None:
         os.close(self._fd)
         self._tail.append(self._offset)
@@ -50,8 +50,49 @@ class LogWriter:
         self._room = self._piece
         self._fd = self._open(self._offset)
 
-    def close(self) -> None:
-        os.close(self._fd)
+
+class LogPump:
+    """Carries output from a pipe to the log, a burst at a time: some 5 MB a second at most."""
+
+    def __init__(self, loop: Loop, log: LogWriter) -> None:
+        self._loop = loop
+        self._log = log
+        self._pipe, self.sink = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._pipe, False)
+        loop.watch(self._pipe, self._carry)
+
+    def _carry(self, _events: int) -> None:
+        taken = 0
+        while taken < _BURST:
+            try:
+                data = os.read(self._pipe, 65536)
+            except BlockingIOError:
+                return
+            taken += max(len(data), 1)
+            self._write(data)
+        self._loop.rest(self._pipe, _REST_NS)
+
+    def _write(self, data: bytes) -> None:
+        try:
+            self._log.write(data)
+        except OSError:
+            return  # the disk is full: output is lost, the run is not
+
+    def say(self, text: str) -> None:
+        """A line of Sublet's own."""
+        self._write(f"[sublet] {text}\n".encode())
+
+    def finish(self) -> None:
+        """Take what is left, once everybody who wrote is gone."""
+        os.close(self.sink)
+        for _ in range(64):  # a pipe holds 64 KiB, or 1 MiB where somebody made it larger
+            try:
+                data = os.read(self._pipe, 65536)
+            except BlockingIOError:
+                return
+            if not data:
+                return
+            self._write(data)
 
 
 def read(folder: str, offset: int, limit: int) -> tuple[bytes, int]:

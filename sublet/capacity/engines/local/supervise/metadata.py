@@ -11,14 +11,19 @@ request, little patience, one answer, and never a wait for it.
 from __future__ import annotations
 
 import json
-import selectors
 import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .loop import WRITE, Loop
+from .records import boot_ns
+
 _MOST_CLIENTS = 16
 _LARGEST_REQUEST = 4096
 _PATIENCE_NS = 2_000_000_000
+
+_BURST = 32
+_REST_NS = 100_000_000
 
 Document = Callable[[], Mapping[str, Any]]
 Interruption = Callable[[], Mapping[str, Any] | None]
@@ -34,55 +39,45 @@ class _Client:
 
 class MetadataServer:
     def __init__(
-        self,
-        listener: socket.socket,
-        selector: selectors.BaseSelector,
-        now_ns: Callable[[], int],
-        document: Document,
-        interruption: Interruption,
+        self, listener: socket.socket, loop: Loop, document: Document, interruption: Interruption
     ) -> None:
         self._listener = listener
-        self._selector = selector
-        self._now_ns = now_ns
+        self._loop = loop
         self._document = document
         self._interruption = interruption
-        self._clients: dict[int, _Client] = {}
-        selector.register(listener, selectors.EVENT_READ, self._accept)
+        self._clients: set[_Client] = set()
+        self._accepted = 0
+        loop.watch(listener, self._accept)
 
     def expire(self) -> None:
         """Drop clients that took too long."""
-        now = self._now_ns()
-        for client in [c for c in self._clients.values() if c.gives_up_ns <= now]:
+        now = boot_ns()
+        for client in [c for c in self._clients if c.gives_up_ns <= now]:
             self._drop(client)
 
-    def close(self) -> None:
-        for client in list(self._clients.values()):
-            self._drop(client)
-        self._selector.unregister(self._listener)
-        self._listener.close()
-
-    def _accept(self, _mask: int) -> None:
+    def _accept(self, _events: int) -> None:
         try:
             channel, _ = self._listener.accept()
         except OSError:
             return
         channel.setblocking(False)
         if len(self._clients) >= _MOST_CLIENTS:
-            self._drop(min(self._clients.values(), key=lambda client: client.gives_up_ns))
-        client = _Client(channel, self._now_ns() + _PATIENCE_NS)
-        self._clients[channel.fileno()] = client
-        self._selector.register(
-            channel, selectors.EVENT_READ, lambda mask: self._advance(client, mask)
-        )
+            self._drop(min(self._clients, key=lambda client: client.gives_up_ns))
+        client = _Client(channel, boot_ns() + _PATIENCE_NS)
+        self._clients.add(client)
+        self._loop.watch(channel, lambda events: self._advance(client, events))
+        self._accepted += 1
+        if self._accepted % _BURST == 0:
+            self._loop.rest(self._listener, _REST_NS)
 
     def _drop(self, client: _Client) -> None:
-        del self._clients[client.channel.fileno()]
-        self._selector.unregister(client.channel)
+        self._clients.discard(client)
+        self._loop.forget(client.channel)
         client.channel.close()
 
-    def _advance(self, client: _Client, mask: int) -> None:
+    def _advance(self, client: _Client, events: int) -> None:
         try:
-            if mask & selectors.EVENT_WRITE:
+            if events & WRITE:
                 sent = client.channel.send(client.answer)
                 client.answer = client.answer[sent:]
                 if not client.answer:
@@ -100,11 +95,7 @@ class MetadataServer:
             self._drop(client)
         elif b"\r\n\r\n" in client.request:
             client.answer = self._answer(client.request)
-            self._selector.modify(
-                client.channel,
-                selectors.EVENT_WRITE,
-                lambda mask: self._advance(client, mask),
-            )
+            self._loop.watch(client.channel, lambda events: self._advance(client, events), WRITE)
 
     def _answer(self, request: bytes) -> bytes:
         method, _, rest = request.partition(b" ")

@@ -11,10 +11,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from .loop import SECOND
 from .records import Plan, State
 
-SECOND = 1_000_000_000
 CONTROL_LOST = "control_lost"
+
+
+class Refused(Exception):
+    """An order cannot be followed in this phase; the word says why."""
 
 
 class Run:

@@ -128,7 +128,7 @@ def _child(plan: Plan, argv: list[str], errors: int, kept: Iterable[int]) -> Non
         if plan.cpus:
             os.sched_setaffinity(0, plan.cpus)
         _set_limits(plan)
-        _write_oom_adjust("0")
+        write_oom_adjust("0")
         if plan.uid is not None:
             _stage_folders(plan)
             os.setgroups([])
@@ -191,7 +191,7 @@ def process_limit(plan: Plan) -> int:
     return plan.pids + here
 
 
-def _write_oom_adjust(value: str) -> None:
+def write_oom_adjust(value: str) -> None:
     try:
         with open("/proc/self/oom_score_adj", "w") as sink:
             sink.write(value)

@@ -14,12 +14,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import cgroups
-from .records import Plan
+from .records import Plan, boot_ns
 
 _TICK_MS = 1000 // os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _BATCH = 256
 _DEEPEST = 100
+_LEAST_FILES = 100_000
+_EVERY_NS = 1_000_000_000
+_SLICE_NS = 20_000_000
+_BETWEEN_SLICES_NS = 9 * _SLICE_NS
+_REST = 20
+"""Times as long as a count took is the rest before the next."""
 _MOST_LINKED = 100_000
 
 
@@ -109,10 +115,15 @@ class Meter:
                 cpu_ms = sum(process.cpu_ms for process in below)
             if memory is None:
                 memory = sum(process.resident_bytes for process in below) + self._in_memory_files()
-        self.add_cpu(cpu_ms or 0)
+        self._raise_cpu(cpu_ms or 0)
         self.memory_bytes = memory or 0
 
-    def add_cpu(self, cpu_ms: int) -> None:
+    def add_waited(self, cpu_ms: int) -> None:
+        """What the kernel says of a whole tree when its root has been waited for."""
+        if cgroups.cpu_ms(self._plan.cgroups) is None:
+            self._raise_cpu(cpu_ms)
+
+    def _raise_cpu(self, cpu_ms: int) -> None:
         self.cpu_ms = max(self.cpu_ms, cpu_ms)
 
     def _in_memory_files(self) -> int:
@@ -196,3 +207,61 @@ class DiskSweep:
             if len(self._linked) < _MOST_LINKED:
                 self._linked.add(key)
         self._bytes += found.st_blocks * 512
+
+
+class DiskWatch:
+    """Holds a run's home and scratch to its limit, with a tenth of one CPU at most."""
+
+    def __init__(self, plan: Plan, folder: str) -> None:
+        self._plan = plan
+        self._folder = folder
+        self._sweep = DiskSweep([plan.home, plan.scratch])
+        self._began_ns: int | None = None
+        self._is_warned = False
+        self.next_ns = 0
+        self.excess: str | None = None
+        """What is over the limit, if anything is."""
+
+    @property
+    def disk_bytes(self) -> int:
+        return self._sweep.disk_bytes
+
+    def step(self) -> str | None:
+        """Count on for a moment; returns what the tenant should be warned of, once."""
+        now = boot_ns()
+        if self._began_ns is None:
+            self._began_ns = now
+        stop = now + _SLICE_NS
+        while not self._sweep.slice():
+            now = boot_ns()
+            if now >= stop:
+                self.next_ns = now + _BETWEEN_SLICES_NS
+                return None
+        now = boot_ns()
+        self.next_ns = now + max(_EVERY_NS, _REST * (now - self._began_ns))
+        self._began_ns = None
+        self._compare()
+        return self._warning()
+
+    def _compare(self) -> None:
+        """Files count as well as bytes: they take the volume's inodes."""
+        plan, used, entries = self._plan, self._sweep.disk_bytes, self._sweep.entries
+        files = max(_LEAST_FILES, plan.disk_bytes // 4096)
+        if used > plan.disk_bytes:
+            self.excess = f"{used} bytes on disk, {plan.disk_bytes} are allowed"
+        elif entries > files:
+            self.excess = f"{entries} files, {files} are allowed"
+        else:
+            self.excess = None
+
+    def _warning(self) -> str | None:
+        volume = os.statvfs(self._folder)
+        is_short = volume.f_bavail * volume.f_frsize < self._plan.disk_reserve_bytes
+        is_over = self._sweep.disk_bytes > self._plan.disk_share_bytes
+        was_warned, self._is_warned = self._is_warned, is_short and is_over
+        if not self._is_warned or was_warned:
+            return None
+        return (
+            f"the disk is nearly full, and {self._sweep.disk_bytes} bytes are more than "
+            f"this run's share of it, {self._plan.disk_share_bytes}: delete what is not needed"
+        )
