@@ -1,7 +1,8 @@
 """The processes that `sublet up` starts: `api`, `loops`, `bastion`.
 
-Each gets its settings and inherited descriptors as one JSON argument, says that it serves by one
-byte on the ready pipe, and ends when its parent does.
+Each gets its settings and inherited descriptors as JSON in its environment (a database address may
+hold a password, and a command line is public), says that it serves by one byte on the ready pipe,
+and ends when its parent does.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from sublet.base.kernel.clock import SystemClock
 
 log = structlog.get_logger()
 
+ORDERS = "SUBLET_CHILD_ORDERS"
 PR_SET_PDEATHSIG = 1
 SHUTDOWN_LIMIT = timedelta(minutes=15)
 
@@ -48,12 +50,12 @@ class Orders:
     ssh_address: tuple[str, int] | None
     number: int = 0
 
-    def argument(self) -> str:
+    def text(self) -> str:
         return json.dumps(asdict(self))
 
 
-def main(argument: str) -> int:
-    orders = Orders(**json.loads(argument))
+def main() -> int:
+    orders = Orders(**json.loads(os.environ.pop(ORDERS)))
     _end_with(orders.parent)
     settings = Settings.model_validate_json(orders.settings)
     log_to(
@@ -195,4 +197,4 @@ def _end_all(app: App, runner: Runner, wanted: list[str]) -> None:
 _ROLES = {"api": _api, "loops": _loops, "bastion": _bastion}
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main())

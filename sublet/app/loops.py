@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 
 from sublet.app.runner import Loop
@@ -11,42 +12,54 @@ from sublet.base.store import Actor, Store
 from sublet.base.store.installation import list_anchors
 from sublet.capacity import fleet
 from sublet.capacity.allocation import loops as allocation_loops
-from sublet.capacity.engines.port import Engine
+from sublet.capacity.engines.port import Engine, Inventory
 from sublet.money import billing
 from sublet.rights import market, owner
 from sublet.shops import compute
+from sublet.shops.compute.driver import LOOK
 
 LOOK_EVERY = timedelta(seconds=20)
 QUIET = timedelta(seconds=30)
 
 
-def cloud_loops(store: Store, engine: Engine) -> list[Loop]:
-    """Every loop but the clock's. The order is the order of a rehearsal's ties."""
-    work = compute.ComputeLoop(store, engine)
+def cloud_loops(
+    store: Store,
+    engine: Engine,
+    *,
+    look: timedelta = LOOK,
+    inventories: Callable[[], Sequence[Inventory]] | None = None,
+) -> list[Loop]:
+    """Every loop but the clock's. The order is the order of a rehearsal's ties.
+
+    `look`: how often runs are looked at when nothing is due.
+    `inventories`: the nodes of an engine that has several; None: the engine's one.
+    """
+    work = compute.ComputeLoop(store, engine, look)
+    fleet_loop = FleetLoop(store, inventories or (lambda: [engine.inventory()]))
     return [
         Loop("compute", work.step),
         Loop("owner", lambda now: owner.step(store, now)),
         Loop("allocation", lambda now: allocation_loops.step(store, now) or now + QUIET),
         Loop("market", lambda now: market.step(store, now), nudged=False),
         Loop("billing", lambda now: billing.step(store, now)),
-        Loop("fleet", FleetLoop(store, engine).step, nudged=False),
+        Loop("fleet", fleet_loop.step, nudged=False),
     ]
 
 
 class FleetLoop:
-    """Looks at the node's devices: what is missing for a minute and three looks is down."""
+    """Looks at the nodes' devices: what is missing for a minute and three looks is down."""
 
-    def __init__(self, store: Store, engine: Engine) -> None:
+    def __init__(self, store: Store, inventories: Callable[[], Sequence[Inventory]]) -> None:
         self._store = store
-        self._engine = engine
+        self._inventories = inventories
 
     def step(self, now: datetime) -> datetime:
-        inventory = self._engine.inventory()
+        found = {inventory.node: inventory for inventory in self._inventories()}
         with self._store.read() as tx:
-            nodes = [node for node in fleet.list_nodes(tx) if node.name == inventory.node]
+            nodes = [node for node in fleet.list_nodes(tx) if node.name in found]
         for node in nodes:
             with self._store.work(Actor.system("fleet")) as work:
-                fleet.look(work, node.id, inventory)
+                fleet.look(work, node.id, found[node.name])
         return now + LOOK_EVERY
 
 

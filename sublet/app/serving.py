@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from datetime import datetime
 
 from starlette.types import ASGIApp
@@ -16,6 +17,10 @@ from sublet.edge.api import Deps, create_api
 from sublet.edge.bastion import Bastion, Target
 from sublet.shops import compute
 from sublet.shops.compute.store import find_run
+
+WAIT_LOOK_SECONDS = 0.02
+WAIT_LOOKS = 500
+"""A login waits up to ten seconds for a workload that is being started."""
 
 
 def create_app(app: App, ssh_address: tuple[str, int] | None) -> ASGIApp:
@@ -57,14 +62,21 @@ class Door:
 
     def __init__(self, app: App) -> None:
         self._app = app
+        self._pause = threading.Event()
 
     def lookup(self, login: str) -> Target | str | None:
-        """The live run behind a login, or in words why there is none."""
-        with self._app.store.read() as tx:
-            try:
-                place = compute.location(tx, login)
-            except SubletError:
-                return None
+        """The live run behind a login, or in words why there is none.
+
+        Who knocks while the workload is being started waits at the door, for a while.
+        """
+        place = self._find(login)
+        for _ in range(WAIT_LOOKS):
+            if place is None or place.workload.state is not compute.State.PROVISIONING:
+                break
+            self._pause.wait(WAIT_LOOK_SECONDS)
+            place = self._find(login)
+        if place is None:
+            return None
         workload = place.workload
         if place.run_id is not None and place.is_running:
             return Target(run_id=place.run_id, keys=workload.spec.ssh_keys)
@@ -75,6 +87,13 @@ class Door:
             compute.State.STOPPED: f"start it again with `sublet start {login}`",
         }.get(workload.state, "it is over: rent a new one")
         return f"{login} is {workload.state}{because}: {way}."
+
+    def _find(self, login: str) -> compute.Location | None:
+        with self._app.store.read() as tx:
+            try:
+                return compute.location(tx, login)
+            except SubletError:
+                return None
 
     def notice_of(self, run_id: str) -> Notice | None:
         with self._app.store.read() as tx:

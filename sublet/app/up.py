@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sublet.app import first
-from sublet.app.child import Orders
+from sublet.app.child import ORDERS, Orders
 from sublet.app.folder import Folder, write_private
 from sublet.app.settings import Settings
 from sublet.base.kernel.errors import SubletError, Unavailable
@@ -106,7 +106,7 @@ def main(
             target=run_tour, args=(cloud.url(), opened.owner_key), name="tour", daemon=True
         )
         walk.start()
-    elif tour:
+    elif tour and not opened.owner_key:
         say("The tour ran on the first start of this data folder: again with `sublet tour`.")
     code = _watch(cloud, say)
     with suppress(OSError):
@@ -192,7 +192,8 @@ def _spawn(cloud: Cloud, role: str, listening: str | None, number: int) -> int:
     inherited = [ready_in, cloud.lock_fd] + ([] if socket_fd is None else [socket_fd])
     errors = cloud.folder.log.open("ab")
     process = subprocess.Popen(
-        [sys.executable, "-m", "sublet.app.child", orders.argument()],
+        [sys.executable, "-m", "sublet.app.child", role],
+        env={**os.environ, ORDERS: orders.text()},
         stdin=subprocess.DEVNULL,
         stdout=errors,
         stderr=errors,

@@ -63,7 +63,12 @@ def open_app(settings: Settings) -> App:
 
 
 def local_engine(settings: Settings, folder: Folder, clock: Clock) -> LocalEngine:
-    return LocalEngine(folder.engine, clock, trusted=settings.trusted_tenants)
+    return LocalEngine(
+        folder.engine,
+        clock,
+        trusted=settings.trusted_tenants,
+        disk_reserve_bytes=settings.disk_reserve_mb << 20,
+    )
 
 
 def trial_credit(settings: Settings) -> Money | None:

@@ -121,9 +121,9 @@ def say_at_once(text: str) -> None:
 
 def setup() -> None:
     """Make ready what the cloud needs on this machine, where this user may."""
-    from sublet.app import setup as readying
+    from sublet.app.setup import main as make_ready
 
-    raise typer.Exit(readying.main())
+    raise typer.Exit(make_ready())
 
 
 def tour(
@@ -169,6 +169,7 @@ def _audit_folder(data: Path) -> rest.AuditBooks:
     from sublet.base.kernel.clock import SystemClock
     from sublet.base.kernel.ids import SystemIds
     from sublet.base.store import open_store
+    from sublet.base.store.installation import last_seen
     from sublet.base.wire import rest as shapes
 
     settings = read_settings({"data": _folder(data).root})
@@ -177,7 +178,8 @@ def _audit_folder(data: Path) -> rest.AuditBooks:
         raise CliError(f"there are no books in {settings.data}: name the data folder with --data.")
     try:
         with store.read() as tx:
-            at = store.clock.now()
+            # A closed cloud is judged at its last moment: nothing could be done since.
+            at = last_seen(tx) or store.clock.now()
             violations = audit.check(tx, at)
     finally:
         store.close()

@@ -32,6 +32,7 @@ Named = Annotated[str, typer.Argument(metavar="NAME", help="Id or name of an ins
 Organisation = Annotated[
     str | None, typer.Option("--organisation", help="Another organisation's; for the owner.")
 ]
+PoolWord = Annotated[str | None, typer.Option("--pool", help="Its id or name; default: the one.")]
 Start = Annotated[str | None, typer.Option("--from", help="Start; default: of this month, UTC.")]
 End = Annotated[str | None, typer.Option("--to", help="End; default: now.")]
 

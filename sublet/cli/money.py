@@ -98,7 +98,7 @@ def invoice(
     state = f"issued {values.when(found.issued_at)}" if found.issued_at else "so far"
     show(f"{found.number or 'Invoice'} of {found.month:%B %Y}, {state}")
     table(
-        ("", "what", "from", "to", ">quantity × price", ">amount"),
+        ("", "kind", "what", ">amount"),
         [_line(line) for line in found.lines],
         empty="no lines yet",
     )
@@ -106,18 +106,11 @@ def invoice(
 
 
 def _line(line: rest.InvoiceLine) -> tuple[str, ...]:
-    sum_of = ""
-    if line.price_micros is not None and line.per:
-        sum_of = (
-            f"{values.device_hours(line.quantity)} h × "
-            f"{values.money(line.price_micros, line.amount.currency)}"
-        )
+    correction = " (correction)" if line.charge_class == "correction" else ""
     return (
         str(line.number),
+        line.kind.replace("_", " ") + correction,
         line.text,
-        values.when(line.starts_at),
-        values.when(line.ends_at),
-        sum_of,
         values.money(line.amount.micros, line.amount.currency),
     )
 

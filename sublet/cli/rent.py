@@ -11,13 +11,11 @@ from sublet.cli import values
 from sublet.cli.commands import RENT, Json, Yes, client, command, kind_of
 from sublet.cli.errors import FAILED, CliError, UsageError
 from sublet.cli.screen import confirm, facts, poll, progress, say, show, show_json, table
-from sublet.cli.workloads import OVER, follow
+from sublet.cli.workloads import OVER, SSH_FOLDER, follow, own_public_keys
 
 if TYPE_CHECKING:
     from sublet.base.wire import rest
     from sublet.sdk import Client
-
-KEY_NAMES = ("id_ed25519.pub", "id_ecdsa.pub", "id_rsa.pub", "id_ed25519_sk.pub")
 
 OfferId = Annotated[str, typer.Argument(metavar="OFFER", help="From `sublet offers`.")]
 Count = Annotated[int, typer.Option("--count", min=1, help="Units of the offer.")]
@@ -49,20 +47,20 @@ def add_to(app: typer.Typer) -> None:
     command(app, "sublet prices", panel=RENT)(prices)
     command(
         app,
-        "sublet quote cpu-spot-1",
-        "sublet quote cpu-on-demand-1 --count 2 --for 2h",
+        "sublet quote cpu-spot",
+        "sublet quote cpu-on-demand --count 2 --for 2h",
         panel=RENT,
     )(quote)
     command(
         app,
-        "sublet rent cpu-spot-1 --name box --wait",
-        "sublet rent cpu-spot-1 --ssh-key ~/.ssh/id_ed25519.pub --notice 2m --yes",
+        "sublet rent cpu-spot --name box --wait",
+        "sublet rent cpu-spot --ssh-key ~/.ssh/id_ed25519.pub --notice 2m --yes",
         panel=RENT,
     )(rent)
     command(
         app,
-        "sublet run cpu-spot-1 -- python3 -c 'print(6 * 7)'",
-        "sublet run cpu-spot-1 --name train --follow --yes -- bash train.sh",
+        "sublet run cpu-spot -- python3 -c 'print(6 * 7)'",
+        "sublet run cpu-spot --name train --follow --yes -- bash train.sh",
         panel=RENT,
     )(run)
 
@@ -176,7 +174,7 @@ def _show_quote(found: rest.Quote) -> None:
     facts(
         (
             ("quote", f"{found.id}, stands until {values.when(found.expires_at)}"),
-            ("for", f"{found.count} × {found.devices} devices of {found.pool_id}"),
+            ("for", f"{found.count} × {found.offer_id} ({found.count * found.devices} devices)"),
             ("price", " then ".join(_price(point) for point in found.prices)),
             ("total", f"{values.money(found.total.micros)} for {of}: {exact}"),
             (
@@ -324,7 +322,7 @@ def run(
             found = wait_until(cloud, found, OVER)
     if as_json:
         show_json(found)
-    elif not follow_logs:
+    elif not (wait or follow_logs):
         _show_rented(found)
     if wait or follow_logs:
         if not as_json:
@@ -358,11 +356,10 @@ def _common(
 
 def _public_keys(given: list[Path] | None) -> list[str]:
     """The lines of the files given, else of those in ~/.ssh."""
-    home = Path.home() / ".ssh"
-    paths = given or [path for name in KEY_NAMES if (path := home / name).is_file()]
+    paths = given or own_public_keys()
     if not paths:
         raise UsageError(
-            f"there is no public key in {home}: make one with `ssh-keygen -t ed25519`, "
+            f"there is no public key in {SSH_FOLDER}: make one with `ssh-keygen -t ed25519`, "
             "name a file with --ssh-key, or give --no-ssh."
         )
     lines = []

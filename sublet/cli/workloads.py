@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 OVER = {"terminated", "completed", "failed"}
 LIVE = {"running", "interrupting"}
+SSH_FOLDER = "~/.ssh"
+KEY_NAMES = ("id_ed25519.pub", "id_ecdsa.pub", "id_rsa.pub", "id_ed25519_sk.pub")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -155,9 +157,15 @@ def ssh(
         return
     argv = ssh_argv(found.ssh, identity=identity, forward=forward or [])
     try:
-        os.execvp(argv[0], [*argv, *(words or [])])  # noqa: S606 - ssh takes over, without a shell
+        os.execvp(argv[0], [*argv, *(words or [])])
     except FileNotFoundError:
         raise CliError("there is no `ssh` here: apt-get install openssh-client.") from None
+
+
+def own_public_keys() -> list[Path]:
+    """The person's own, in their home."""
+    folder = Path(SSH_FOLDER).expanduser()
+    return [path for name in KEY_NAMES if (path := folder / name).is_file()]
 
 
 def ssh_argv(
@@ -180,6 +188,10 @@ def ssh_argv(
         argv += ["-o", option]
     if identity is not None:
         argv += ["-i", str(identity), "-o", "IdentitiesOnly=yes"]
+    else:
+        # The keys that `rent` takes by itself, wherever ssh would look.
+        for public in own_public_keys():
+            argv += ["-i", str(public.with_suffix(""))]
     for way in forward or []:
         argv += ["-L", way]
     return [*argv, ssh.host]
@@ -281,17 +293,17 @@ def stop(word: Named, yes: Yes = False, as_json: Json = False) -> None:
 
 def start(
     word: Named,
-    queue: Annotated[
-        bool, typer.Option("--queue", help="Without room now, wait for it.")
-    ] = False,
+    queue: Annotated[bool, typer.Option("--queue", help="Without room now, wait for it.")] = False,
     as_json: Json = False,
 ) -> None:
     """Start a stopped instance again, where there is room."""
+    from sublet.base.wire import rest as shapes
+
     with client() as cloud:
         found = find_workload(cloud, word)
         if found.kind == "job":
             raise UsageError("a job is run anew with `sublet run`.")
-        found = cloud.instances.start(found.id)
+        found = cloud.instances.start(found.id, shapes.StartCreate(wait=queue))
     _show_state(found, as_json)
 
 

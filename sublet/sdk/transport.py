@@ -28,6 +28,7 @@ S = TypeVar("S", bound=BaseModel)
 TRIES = 4
 PAUSES_SECONDS = (0.2, 0.6, 1.8)
 LONGEST_PAUSE_SECONDS = 10
+CONNECT_SECONDS = 30.0
 _KEY = re.compile(r"[!-~]+")
 REPEATABLE = frozenset({"GET", "DELETE", "POST"})
 
@@ -53,7 +54,7 @@ class Transport:
         http: httpx2.Client | None = None,
         ids: Ids | None = None,
         sleep: Callable[[float], None] = time.sleep,
-        timeout_seconds: float = 30.0,
+        timeout_seconds: float = CONNECT_SECONDS,
     ) -> None:
         if key is not None and not _KEY.fullmatch(key):
             raise ClientError("the key is not one: a key looks like sk_… and has no blanks")
@@ -111,6 +112,8 @@ class Transport:
         """A long answer as it comes, cut at characters and never inside one."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         request = self._request("GET", path, query, None, {})
+        # A quiet workload says nothing for hours, and is followed all the same.
+        request["timeout"] = httpx2.Timeout(CONNECT_SECONDS, read=None)
         try:
             with self._http.stream(**request) as answer:
                 if answer.status_code >= 400:

@@ -126,7 +126,13 @@ class World:
         raise AssertionError(f"{workload_id} is {found.state}, not {state}: {found}")
 
 
-def make_world(folder: Path, *, devices: int = 2, trial: str | None = "20.00") -> World:
+def make_world(
+    folder: Path,
+    *,
+    devices: int = 2,
+    trial: str | None = "20.00",
+    trusted_tenants: bool = False,
+) -> World:
     clock = VirtualClock(START)
     store = open_store(f"sqlite:///{folder / 'cloud.db'}", clock, SeededIds(1))
     metadata.create_all(store.engine)
@@ -134,7 +140,9 @@ def make_world(folder: Path, *, devices: int = 2, trial: str | None = "20.00") -
     with store.work(SYSTEM) as work:
         fleet.load_costs(work, fleet.seed_costs())
         market.load_rate_card(work, CARD, work.now)
-        node = fleet.enrol(work, engine.inventory(), site_name="home", trusted_tenants=False)
+        node = fleet.enrol(
+            work, engine.inventory(), site_name="home", trusted_tenants=trusted_tenants
+        )
         allocation.set_firm_shelf(work, node.pool_id, devices, None)
         market.post_spot_prices(work, work.now)
         opened = billing.open_owner(work, name="Owner", email="owner@example.org")
@@ -146,6 +154,7 @@ def make_world(folder: Path, *, devices: int = 2, trial: str | None = "20.00") -
         version="0.1.0",
         nudge=lambda: nudges.append(1),
         trial_credit=None if trial is None else Money.parse(trial),
+        trusted_tenants=trusted_tenants,
         ssh_host="127.0.0.1",
         ssh_port=2222,
         follow_poll_seconds=0.01,
@@ -166,6 +175,14 @@ def make_world(folder: Path, *, devices: int = 2, trial: str | None = "20.00") -
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
     made = make_world(tmp_path)
+    yield made
+    made.store.close()
+
+
+@pytest.fixture(scope="module")
+def one_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A world that all tests of a module share: for what does not depend on what came before."""
+    made = make_world(tmp_path_factory.mktemp("world"))
     yield made
     made.store.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from sublet.base.kernel import errors as kernel
 from sublet.edge.api.errors import FAMILIES, family_of
@@ -109,11 +110,11 @@ def test_a_body_over_a_mebibyte(world) -> None:
     }
     whole = b'{"name": "' + b"a" * (1 << 20) + b'"}'
     announced = world.http.post("/v1/projects", content=whole, headers=headers)
-    error = error_of(announced, 413, "body_too_large")
+    error = error_of(announced, 413, "request_too_large")
     assert error["details"] == {"limit_bytes": 1 << 20}
     pieces = (whole[i : i + 65536] for i in range(0, len(whole), 65536))
     error_of(
-        world.http.post("/v1/projects", content=pieces, headers=headers), 413, "body_too_large"
+        world.http.post("/v1/projects", content=pieces, headers=headers), 413, "request_too_large"
     )
 
 
@@ -213,9 +214,20 @@ def test_our_own_fault_is_answered_in_the_one_shape(world, monkeypatch) -> None:
         raise RuntimeError("a secret that must not get out")
 
     monkeypatch.setattr("sublet.edge.api.routes.people.ledger.available", broken)
-    answer = world.ask("GET", "/v1/me", world.owner_secret)
+    with capture_logs() as logs:
+        answer = world.ask("GET", "/v1/me", world.owner_secret)
     error = error_of(answer, 500, "internal_error")
     assert "secret" not in error["message"]
+    [line] = logs
+    assert line["event"] == "request_failed"
+    assert line["request_id"] == answer.headers["x-request-id"]
+
+
+def test_trusted_tenants_stay_visible(world, worlds) -> None:
+    assert "x-trusted-tenants" not in world.ask("GET", "/healthz").headers
+    trusting = worlds(trusted_tenants=True)
+    for path in ("/healthz", "/v1/me", "/nothing"):
+        assert trusting.ask("GET", path).headers["x-trusted-tenants"] == "true"
 
 
 def test_a_store_that_cannot_be_read_is_unavailable(world, tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from datetime import timedelta
 
 from sublet.base.wire import rest
 
@@ -80,6 +81,26 @@ def test_after_a_day_the_key_is_new(world) -> None:
         "POST", "/v1/quotes", made.secret, {"offer_id": "gpu-spot"}, idempotency_key="k"
     )
     assert one.json()["id"] != two.json()["id"]
+
+
+def test_a_quote_accepted_in_time_is_the_same_contract_when_repeated_late(world) -> None:
+    client, made = world.newcomer()
+    quote = client.quotes.create(rest.QuoteCreate(offer_id="gpu-on-demand"))
+    card = world.owner.rate_card.get()
+    world.clock.advance_to(world.clock.now() + timedelta(minutes=3))
+    world.owner.rate_card.put(
+        rest.RateCardPut(text=card.text.replace("3.60", "9.99")), version=card.newest_version
+    )
+    world.clock.advance_to(world.clock.now() + timedelta(seconds=119))
+    body = {"quote_id": quote.id, "command": ["sleep", "60"]}
+    first = world.ask("POST", "/v1/jobs", made.secret, body, idempotency_key="k")
+    assert first.status_code == 201
+    assert first.json()["price_micros_per_device_hour"] == 3_600_000
+    world.clock.advance_to(world.clock.now() + timedelta(seconds=2))
+    again = world.ask("POST", "/v1/jobs", made.secret, body, idempotency_key="k")
+    assert again.json()["contract_id"] == first.json()["contract_id"]
+    late = world.ask("POST", "/v1/jobs", made.secret, body)
+    assert (late.status_code, late.json()["error"]["code"]) == (409, "quote_expired")
 
 
 def test_a_secret_is_not_kept_with_the_answer(world) -> None:

@@ -135,7 +135,7 @@ def test_requests_a_minute_of_a_key(world) -> None:
     for _ in range(3):
         slow.me()
     world.clock.advance_to(world.clock.now() + timedelta(seconds=20))
-    error = refused(slow.me, 429, "requests_per_minute_exceeded")
+    error = refused(slow.me, 429, "rate_limited")
     assert error.retry_after_seconds == 40
     assert error.details["resets_at"] == "2026-11-24T10:01:00Z"
     client.me()

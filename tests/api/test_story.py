@@ -35,7 +35,7 @@ def test_a_stranger_signs_up_rents_uses_and_is_billed_to_the_micro(world) -> Non
     assert balance.held.micros > 0
     assert balance.available.micros == balance.balance.micros - balance.held.micros
 
-    world.advance(1900)
+    world.advance(1900, step=60)
     done = world.settle(client, job.id, "completed")
     assert done.exit_code == 0
     assert done.burn_micros_per_hour == 0
@@ -176,7 +176,7 @@ def test_the_month_is_invoiced_and_frozen(world) -> None:
         rest.JobCreate(offer_id="gpu-spot", notice_seconds=30, command=["sleep", "600"])
     )
     world.settle(client, job.id, "running")
-    world.advance(700)
+    world.advance(700, step=60)
     done = world.settle(client, job.id, "completed")
     world.clock.advance_to(world.clock.now() + timedelta(days=10))
     world.tick()

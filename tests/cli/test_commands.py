@@ -26,9 +26,9 @@ CALLS = {
     "audit-books": "",
     "offers": "",
     "prices": "",
-    "quote": "cpu-spot-1 --for 1h --notice 2m --max-price 0.05",
-    "rent": "cpu-spot-1 --no-ssh --yes",
-    "run": "cpu-spot-1 --yes -- echo hello",
+    "quote": "cpu-spot --for 1h --notice 2m --max-price 0.05",
+    "rent": "cpu-spot --no-ssh --yes",
+    "run": "cpu-spot --yes -- echo hello",
     "ls": "",
     "show": "ins_1",
     "exec": "ins_1 -- true",
@@ -171,7 +171,7 @@ def test_rent_asks_for_a_price_and_accepts_that_quote(
     key = tmp_path / "id.pub"
     key.write_text("ssh-ed25519 AAAA me\n")
     done = run(
-        *("rent", "cpu-spot-1", "--name", "box", "--ssh-key", str(key), "--notice", "2m"),
+        *("rent", "cpu-spot", "--name", "box", "--ssh-key", str(key), "--notice", "2m"),
         *("--max-price", "0.05", "-e", "A=b=c", "--yes"),
     )
     assert done.code == 0, done.err
@@ -182,7 +182,7 @@ def test_rent_asks_for_a_price_and_accepts_that_quote(
 
 
 def test_run_sends_the_words_after_the_dashes_as_they_are(cloud: Cloud, run: Run) -> None:
-    done = run("run", "cpu-spot-1", "--yes", "--", "sh", "-c", "echo --json 'a b'")
+    done = run("run", "cpu-spot", "--yes", "--", "sh", "-c", "echo --json 'a b'")
     assert done.code == 0, done.err
     assert cloud.last()[2]["command"] == ["sh", "-c", "echo --json 'a b'"]
 
@@ -201,11 +201,11 @@ def test_follow_shows_the_output_and_exits_as_the_job(cloud: Cloud, run: Run) ->
     over = sample(rest.Workload).model_copy(update={"id": "job_1", "state": "completed"})
     cloud.answers["/v1/jobs"] = [over]
     cloud.answers["/v1/jobs/job_1"] = [over.model_copy(update={"exit_code": 3})]
-    done = run("run", "cpu-spot-1", "--yes", "--follow", "--", "false")
+    done = run("run", "cpu-spot", "--yes", "--follow", "--", "false")
     assert (done.code, done.out) == (1, "line one\nline two\n")
     assert "exit code 3" in done.err
     cloud.answers["/v1/jobs/job_1"] = [over.model_copy(update={"exit_code": 0})]
-    assert run("run", "cpu-spot-1", "--yes", "--wait", "--", "true").code == 0
+    assert run("run", "cpu-spot", "--yes", "--wait", "--", "true").code == 0
 
 
 def test_exec_exits_as_the_command(cloud: Cloud, run: Run) -> None:
@@ -252,14 +252,14 @@ def test_a_refusal_is_one_sentence_with_code_and_ways_on(cloud: Cloud, run: Run)
         retry_after_seconds=None,
     )
     cloud.answers["/v1/instances"] = [refusal]
-    done = run("rent", "cpu-spot-1", "--no-ssh", "--yes")
+    done = run("rent", "cpu-spot", "--no-ssh", "--yes")
     assert done.code == 1
     assert done.err == (
         "sublet: No room for 4 devices now. (insufficient_capacity; at count; "
         "earliest: 2026-11-25T12:00:00Z; now at most: --count 2; --queue waits for room)\n"
     )
     assert done.out == ""
-    as_json = run("rent", "cpu-spot-1", "--no-ssh", "--yes", "--json")
+    as_json = run("rent", "cpu-spot", "--no-ssh", "--yes", "--json")
     assert as_json.code == 1
     error = json.loads(as_json.out)["error"]
     assert (error["code"], error["details"]["smaller_count"]) == ("insufficient_capacity", 2)

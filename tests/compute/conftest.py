@@ -19,7 +19,7 @@ from sublet.capacity.allocation import loops as allocation_loops
 from sublet.capacity.engines.simulated import SimulatedEngine
 from sublet.money import billing
 from sublet.records import ledger, metering, tenancy
-from sublet.rights import market
+from sublet.rights import market, owner
 from sublet.shops import compute
 
 START = datetime(2026, 11, 2, 12, 7, tzinfo=UTC)
@@ -99,6 +99,7 @@ class World:
     def step(self) -> datetime:
         """Every loop once, as the runner would after a nudge."""
         allocation_loops.step(self.books, self.now)
+        owner.step(self.books, self.now)
         due = self.loop.step(self.now)
         return min(due, billing.step(self.books, self.now))
 

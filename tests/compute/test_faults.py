@@ -61,7 +61,7 @@ def test_a_run_that_the_books_closed_is_ended_and_never_billed(make_world: Make)
     start, hidden = world.engine.start, []
 
     def start_unseen(spec: Any) -> None:
-        if spec.devices[0].startswith("n0001"):
+        if not hidden or spec.run_id == hidden[0].run_id:
             hidden.append(spec)
             raise EngineError("no answer")
         start(spec)
@@ -73,11 +73,13 @@ def test_a_run_that_the_books_closed_is_ended_and_never_billed(make_world: Make)
     first = world.runs(job)[0]
     assert first.state is compute.RunState.FAILED
     world.engine.start = start
+    world.act(compute.cancel, world.buyer, job.id)
+    world.run(10)
     start(hidden[0])
     world.run(30)
     assert world.engine.run(first.id).scrubbed
     assert world.find_meter(first) is None
-    assert len(world.engine.live_runs()) == 1
+    assert world.engine.live_runs() == []
 
 
 def test_a_workload_that_never_starts_is_given_up_unbilled(make_world: Make) -> None:
@@ -230,7 +232,7 @@ def test_without_a_control_plane_the_runway_ends_it_without_credit(world: Any) -
 def test_the_owners_own_run_goes_on_as_long_as_it_is_looked_at(make_world: Make) -> None:
     world = make_world(look=60)
     job = world.job("sleep", "20000", who=world.owner)
-    world.run(8_000)
+    world.run(4_500)
     assert world.state(job) == "running"
 
 
@@ -274,14 +276,14 @@ def test_mixed_work_under_faults_keeps_the_books_true(make_world: Make, seed: in
             rng,
             nodes=nodes,
             start=world.at(0),
-            end=world.at(1800),
+            end=world.at(1200),
             per_node_day=120,
             kinds=kinds,
             longest_seconds=200,
         )
     )
     made = []
-    for minute in range(30):
+    for minute in range(20):
         for _ in range(rng.randrange(3)):
             long = str(rng.randrange(5, 400))
             made.append(
@@ -297,7 +299,7 @@ def test_mixed_work_under_faults_keeps_the_books_true(make_world: Make, seed: in
         if rng.random() < 0.1:
             world.restart()
         world.until(60 * (minute + 1))
-    world.run(1500)
+    world.run(1000)
     live_runs = {run.spec.run_id for run in world.engine.live_runs()}
     with world.books.read() as tx:
         known = {run.id for run in compute.list_live_runs(tx)}

@@ -10,7 +10,7 @@ from sublet.base.kernel.money import Money
 from sublet.capacity import allocation, fleet
 from sublet.capacity.fleet import NodeState
 from sublet.records import tenancy
-from sublet.rights import market
+from sublet.rights import market, owner
 from sublet.shops import compute
 
 Make = Callable[..., Any]
@@ -150,7 +150,8 @@ def test_a_higher_rank_displaces_with_notice_and_the_victim_is_queued(make_world
     assert world.posted(spot, "interruption_credit") == -world.posted(spot)
 
 
-def test_a_limit_on_the_price_gives_full_notice_in_time(world: Any) -> None:
+def test_a_limit_on_the_price_gives_full_notice_in_time(make_world: Make) -> None:
+    world = make_world(look=60)
     quoted = world.contract(world.job("sleep", "1")).price_micros
     job = world.job(env=FOREVER, max_price=Money(quoted + 1))
     world.run(30)
@@ -250,9 +251,12 @@ def test_a_drain_gives_everybody_their_notice_and_takes_nobody_new(world: Any) -
 def test_shutdown_credits_as_if_the_owner_had_ended_it_and_starts_nothing(world: Any) -> None:
     job, instance = world.job(env=FOREVER), world.rent()
     world.run(100)
-    world.loop.admitting = False
     assert world.act(compute.begin_shutdown) == 2
+    world.step()
+    late = world.rent()
     world.run(60)
+    assert world.state(late) == "stopped"
+    assert world.posted(late) == 0
     assert world._read(compute.count_live) == 0
     assert world.state(job) == "awaiting_capacity"
     assert world.state(instance) == "stopped"
@@ -286,3 +290,36 @@ def test_a_suspended_organisation_waits(world: Any) -> None:
     world.act(tenancy.set_standing, world.buyer.organisation.id, "good", "paid")
     world.run(20)
     assert world.state(job) == "running"
+
+
+def test_the_owner_recalls_runs_on_it_and_gives_it_back(make_world: Make) -> None:
+    world = make_world(devices=1)
+    spot = world.job(env=FOREVER)
+    world.run(700)
+    until = world.now + timedelta(seconds=900)
+    with world.books.work(world.owner.actor()) as work:
+        recall = owner.plan_recall(
+            work,
+            world.owner,
+            pool_id=world.pool_id,
+            devices=1,
+            count=1,
+            by=world.now + timedelta(seconds=300),
+            until=until,
+        )
+        owner.accept_recall(work, recall.id)
+    world.run(300)
+    with world.books.read() as tx:
+        delivered = owner.get_recall(tx, recall.id)
+    assert delivered.state is owner.RecallState.DELIVERED
+    assert not delivered.is_late
+    assert world.runs(spot)[0].reason is compute.Reason.OWNER_RECALL
+    own = world.job("sleep", "60", who=world.owner)
+    world.run(100)
+    assert world.state(own) == "completed"
+    assert world.state(spot) == "awaiting_capacity"
+    last = world.uses(world.now - timedelta(seconds=20), world.now)
+    assert last == {"first_party": 20_000}, "a device that the owner holds is the owner's time"
+    world.run(700)
+    assert world.state(spot) == "running"
+    assert len(world.runs(spot)) == 2

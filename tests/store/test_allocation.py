@@ -202,12 +202,13 @@ def test_only_open_ended_equals_in_the_way_is_no_instant_but_an_offer_to_wait(
 def test_a_rolled_back_work_leaves_no_trace_in_the_book(store: Store) -> None:
     pool_id = a_pool(store, 1)
 
-    class Changed(Exception):
-        pass
+    def sell_and_fail() -> None:
+        with store.work(SYSTEM) as work:
+            assert isinstance(allocation.admit(work, a_sale(work, pool_id)), Admitted)
+            raise RuntimeError("the caller thought better of it")
 
-    with pytest.raises(Changed), store.work(SYSTEM) as work:
-        assert isinstance(allocation.admit(work, a_sale(work, pool_id)), Admitted)
-        raise Changed
+    with pytest.raises(RuntimeError):
+        sell_and_fail()
     rent(store, pool_id)
 
 

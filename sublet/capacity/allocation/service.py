@@ -219,7 +219,7 @@ def release_around(work: Work, claim_id: str) -> frozenset[str]:
     }
     store.end_placements(work.tx, claim_id, work.now)
     for child in children:
-        store.raise_placements(work.tx, child.id)
+        store.raise_placements(work.tx, child.id, work.now)
     alone = [replace(child, parent_claim_id=None) for child in children]
     _write(work, [], [*alone, replace(claim, released_at=work.now)])
     work.emit(ClaimReleased(claim_id, claim.holder, claim.pool_id))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -258,13 +258,11 @@ def end_placements(tx: Connection, claim_id: str, at: datetime) -> None:
     )
 
 
-def raise_placements(tx: Connection, claim_id: str) -> None:
-    """What was held inside another claim is held at the top."""
-    tx.execute(
-        placements.update()
-        .where(placements.c.claim_id == claim_id, placements.c.ends_at.is_(None))
-        .values(level=0)
-    )
+def raise_placements(tx: Connection, claim_id: str, at: datetime) -> None:
+    """What was held inside another claim is held at the top from `at` on."""
+    held = placements_of(tx, claim_id)
+    end_placements(tx, claim_id, at)
+    insert_placements(tx, [replace(row, level=0, starts_at=at) for row in held])
 
 
 def placements_of(tx: Connection, claim_id: str) -> list[Placement]:

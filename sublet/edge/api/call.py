@@ -254,7 +254,7 @@ Credentials = Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
 
 
 def _authenticated(request: Request, credentials: Credentials) -> Call:
-    """Whose key it is. Raises Unauthenticated, or RequestsPerMinute of the key's own limit."""
+    """Whose key it is. Raises Unauthenticated, or TooMany by the key's own limit."""
     return _call(request, credentials, None)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -20,23 +20,28 @@ from sublet.edge.api.errors import BodyInvalid, answer
 
 log = structlog.get_logger()
 
+GONE = 499
+"""Counted where the caller went away before the answer began."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
 
 Counted = Callable[[str, str, int, float], None]
 """Method, route template, status, seconds."""
 
 
-class BodyTooLarge(TooLarge):
-    """The body is larger than 1 MiB: send less."""
-
-    code = "body_too_large"
-
-
 class Envelope:
-    """ASGI middleware. `new_id` makes request ids; `counted` hears of every answer."""
+    """ASGI middleware. `new_id` makes request ids; `counted` hears of every answer; `standing`
+    are headers that every answer carries."""
 
-    def __init__(self, app: ASGIApp, *, new_id: Callable[[], str], counted: Counted) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        new_id: Callable[[], str],
+        counted: Counted,
+        standing: Mapping[str, str],
+    ) -> None:
         self._app = app
+        self._standing = standing
         self._new_id = new_id
         self._counted = counted
 
@@ -56,7 +61,9 @@ class Envelope:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers.update(self._standing)
             await send(message)
 
         try:
@@ -71,15 +78,15 @@ class Envelope:
                 await answer(SubletError(_LAST_RESORT))(scope, receive, send_named)
         finally:
             template = getattr(scope.get("route"), "path", "unknown")
-            self._counted(scope["method"], template, status, time.perf_counter() - began)
+            self._counted(scope["method"], template, status or GONE, time.perf_counter() - began)
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """The whole body. Raises BodyTooLarge and BodyInvalid."""
+        """The whole body. Raises TooLarge and BodyInvalid."""
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             return b""
         length = Headers(scope=scope).get("content-length", "0")
         if length.isdigit() and int(length[:20]) > rest.BODY_LIMIT_BYTES:
-            raise BodyTooLarge(param="body", limit_bytes=rest.BODY_LIMIT_BYTES)
+            raise _too_large()
         body = bytearray()
         more = True
         while more:
@@ -89,12 +96,20 @@ class Envelope:
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > rest.BODY_LIMIT_BYTES:
-                raise BodyTooLarge(param="body", limit_bytes=rest.BODY_LIMIT_BYTES)
+                raise _too_large()
         try:
             body.decode("utf-8")
         except UnicodeDecodeError:
             raise BodyInvalid(param="body") from None
         return bytes(body)
+
+
+def _too_large() -> TooLarge:
+    return TooLarge(
+        "The body is larger than 1 MiB: send less.",
+        param="body",
+        limit_bytes=rest.BODY_LIMIT_BYTES,
+    )
 
 
 _LAST_RESORT = (

@@ -16,7 +16,6 @@ from sublet.capacity.engines.port import (
     Attachable,
     Engine,
     EngineError,
-    NotAttachable,
     RunNotFound,
     Spawned,
     SpawnSpec,
@@ -75,15 +74,13 @@ class _Pipes:
 
 
 def run_inside(
-    engine: Engine, run_id: str, spec: SpawnSpec, stdin: bytes, timeout_seconds: int
+    engine: Attachable, run_id: str, spec: SpawnSpec, stdin: bytes, timeout_seconds: int
 ) -> Ran:
     """Run a command in a live workload and wait for it, at most `timeout_seconds`.
 
-    Blocks: for a thread that holds no transaction. Raises NotAttachable where the engine or the
-    workload does not allow it.
+    Blocks: for a thread that holds no transaction. Raises NotAttachable where the
+    workload is gone by now, OSError where the program cannot be run.
     """
-    if not isinstance(engine, Attachable):
-        raise NotAttachable("This engine does not let commands in: read the logs instead.")
     pipes = _Pipes()
     try:
         (in_read, in_write), (out_read, out_write), (err_read, err_write), (over, tell) = (

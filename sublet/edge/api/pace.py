@@ -12,12 +12,6 @@ MINUTE = timedelta(minutes=1)
 KEYS_REMEMBERED = 100_000
 
 
-class RequestsPerMinute(TooMany):
-    """This key has used up its requests of the minute: wait as long as `retry-after` says."""
-
-    code = "requests_per_minute_exceeded"
-
-
 class Pace:
     """A window of one minute a key, opened by its first request."""
 
@@ -27,7 +21,7 @@ class Pace:
         self._windows: dict[str, tuple[datetime, int]] = {}
 
     def take(self, key_id: str, per_minute: int) -> None:
-        """Count one request of the key. Raises RequestsPerMinute, which counts nothing."""
+        """Count one request of the key. Raises TooMany, which counts nothing."""
         now = self._now()
         with self._lock:
             opened, used = self._windows.get(key_id, (now, 0))
@@ -35,7 +29,9 @@ class Pace:
                 opened, used = now, 0
             if used >= per_minute:
                 left = opened + MINUTE - now
-                raise RequestsPerMinute(
+                raise TooMany(
+                    f"This key may send {per_minute} requests a minute: wait as long as "
+                    "`retry-after` says.",
                     limit=per_minute,
                     resets_at=opened + MINUTE,
                     retry_after_seconds=max(1, -(-left // timedelta(seconds=1))),

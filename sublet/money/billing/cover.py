@@ -30,7 +30,7 @@ from sublet.base.kernel.price import Terms, Window, rate
 AHEAD_SECONDS = 900
 RENEW_SECONDS = 300
 LOOK_SECONDS = 10
-"""The longest time between two looks at a workload whose money is ending."""
+"""How late a look may come without breaking a promise."""
 SLACK_SECONDS = 120
 
 WARN_SECONDS = (86_400, 3_600, 900)
@@ -145,8 +145,7 @@ def cover(
     stop_at: datetime | None = None
     look_at: datetime | None = None
     if until < wanted:
-        stop_at = until - ahead.stop
-        look_at = min(stop_at, now + timedelta(seconds=LOOK_SECONDS))
+        stop_at = look_at = until - ahead.stop
     elif term_at is None or until < ahead.end(term_at):
         look_at = until - ahead.renew
     return Cover(

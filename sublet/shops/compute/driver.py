@@ -20,6 +20,7 @@ from sublet.capacity.engines.port import (
     EngineError,
     Notice,
     Observation,
+    Phase,
     RunNotFound,
     StartRefused,
 )
@@ -89,8 +90,8 @@ class _Look:
     runs: list[Run]
     workloads: Mapping[str, Workload]
     metered_to: Mapping[str, datetime]
-    fenced_nodes: frozenset[str]
     observed: Mapping[str, Observation] = field(default_factory=dict)
+    fenced_nodes: frozenset[str] = frozenset()
     strays: Mapping[str, Run | None] = field(default_factory=dict)
 
 
@@ -137,9 +138,9 @@ class Driver:
         return changed
 
     def next_due(self, now: datetime) -> datetime | None:
-        """When to look again if nothing wakes us; None: nothing runs."""
-        coming = [self._next_look(run, now) for run in self._runs]
-        return min(coming, default=None)
+        """When to look again if nothing wakes us."""
+        strays = [] if self._strays_due is None else [max(self._strays_due, now)]
+        return min([*strays, *(self._next_look(run, now) for run in self._runs)], default=None)
 
     def _next_look(self, run: Run, now: datetime) -> datetime:
         since = None
@@ -173,14 +174,10 @@ class Driver:
             now = self._now()
             if not runs and self._strays_due is not None and now < self._strays_due:
                 return None
-            nodes = {node.id: node for node in fleet.list_nodes(tx)} if runs else {}
             look = _Look(
                 runs=runs,
                 workloads=store.get_workloads(tx, {run.workload_id for run in runs}),
                 metered_to={m.run_id: m.metered_to for m in metering.list_open_meters(tx)},
-                fenced_nodes=frozenset(
-                    n for n, node in nodes.items() if node.state in CLOSED_NODES
-                ),
             )
         try:
             look.observed = self._engine.observe()
@@ -188,8 +185,24 @@ class Driver:
             log.warning("engine_not_observed", why=error.message)
             return None
         self._strays_due = now + STRAY_LOOK
+        self._find_fenced(look)
         self._find_strays(look)
         return look
+
+    def _find_fenced(self, look: _Look) -> None:
+        """Only for runs that give no evidence does it matter whether their node was taken out."""
+        quiet = {
+            run.node_id
+            for run in look.runs
+            if run.id not in look.observed or look.observed[run.id].phase is Phase.SILENT
+        }
+        if quiet:
+            with self._books.read() as tx:
+                look.fenced_nodes = frozenset(
+                    node_id
+                    for node_id in quiet
+                    if fleet.get_node(tx, node_id).state in CLOSED_NODES
+                )
 
     def _find_strays(self, look: _Look) -> None:
         live = {run.id for run in look.runs}
@@ -369,6 +382,7 @@ class Driver:
             try:
                 if isinstance(action, Stop):
                     self._engine.stop(run_id, grace_seconds=0, reason="stray")
+                    self._strays_due = None
                     changed = True
                 elif not self._engine.scrub(run_id).clean:
                     memory.not_before = self._now() + STRAY_LOOK

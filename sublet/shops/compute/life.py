@@ -7,6 +7,7 @@ that is the order of locks.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -72,10 +73,11 @@ def intend(work: Work, workload: Workload) -> Run | None:
     devices' time is overhead.
     """
     assert workload.claim_id is not None, "only what was admitted gets devices"
-    if store.find_live_run(work.tx, workload.id) is not None:
-        return None
     device_ids = allocation.place(work, workload.claim_id)
     if device_ids is None:
+        return None
+    if store.find_live_run(work.tx, workload.id) is not None:
+        _switch(work, device_ids, Use.OVERHEAD, work.now, workload.claim_id)
         return None
     devices = [fleet.get_device(work.tx, device_id) for device_id in device_ids]
     node_ids = {device.node_id for device in devices}
@@ -118,7 +120,7 @@ def intend(work: Work, workload: Workload) -> Run | None:
             is_forgotten=False,
         ),
     )
-    _switch(work, run, Use.OVERHEAD, work.now)
+    _switch(work, run.device_ids, Use.OVERHEAD, work.now, run.id)
     return run
 
 
@@ -168,7 +170,7 @@ def opened(work: Work, run_id: str, at: datetime) -> None:
         opened_at=at,
     )
     fleet.note_start_success(work, run.node_id)
-    _switch(work, run, _used(workload), at)
+    _switch(work, run.device_ids, _used(workload), at, run.id)
     run = store.update_run(work, run, state=RunState.RUNNING, started_at=at)
     move(work, workload, Step.STARTED, start_failures=0, failure=None)
     work.emit(
@@ -286,6 +288,14 @@ def end_now(work: Work, workload: Workload, reason: Reason) -> Workload:
     return move(work, workload, Step.ENDING, reason=reason)
 
 
+def end_all(work: Work, reason: Reason) -> int:
+    """End whatever is live and not ending yet; returns how many."""
+    ending = store.list_unending(work.tx)
+    for workload in ending:
+        end_now(work, workload, reason)
+    return len(ending)
+
+
 def device_lost(work: Work, device_id: str) -> None:
     """A device is down: what runs on it ends, and is not billed for what it no longer has."""
     for run in store.list_live_runs_on(work.tx, fleet.get_device(work.tx, device_id).node_id):
@@ -311,7 +321,7 @@ def _end_without_run(work: Work, workload: Workload, reason: Reason) -> Workload
     """It had a claim and no devices yet: nothing is metered, nothing to scrub."""
     assert workload.claim_id is not None
     drop_hold(work, workload)
-    allocation.release(work, workload.claim_id)
+    _give_back(work, workload.claim_id)
     end = End(
         reason=reason, by_itself=False, closes_at=None, exited_at=None, exit_code=None, cpu_ms=0
     )
@@ -430,7 +440,7 @@ def _close(work: Work, run: Run, at: datetime | None, reason: Reason, cpu_ms: in
             notice_reason=run.notice_reason,
         ),
     )
-    _switch(work, run, Use.OVERHEAD, meter.closed_at)
+    _switch(work, run.device_ids, Use.OVERHEAD, meter.closed_at, run.id)
     work.emit(
         MeterClosed(
             run_id=run.id,
@@ -451,9 +461,7 @@ def released(work: Work, run_id: str) -> None:
     run = _run(work, run_id, RunState.GONE)
     if run is None:
         return
-    allocation.release(work, run.claim_id)
-    for device_id in run.device_ids:
-        metering.switch_device(work, device_id, fleet.resting_use(work.tx, device_id), work.now)
+    _give_back(work, run.claim_id)
     store.update_run(work, run, state=_over(run))
 
 
@@ -470,9 +478,7 @@ def given_up(work: Work, run_id: str, findings: tuple[str, ...]) -> None:
     ):
         fleet.set_node_state(work, run.node_id, NodeState.TRIAGE, why)
         keep_neighbours(work, run.node_id)
-    allocation.release(work, run.claim_id)
-    for device_id in run.device_ids:
-        metering.switch_device(work, device_id, fleet.resting_use(work.tx, device_id), work.now)
+    _give_back(work, run.claim_id)
     store.update_run(work, run, state=_over(run), failure=why)
 
 
@@ -482,9 +488,7 @@ def keep_neighbours(work: Work, node_id: str) -> None:
         meter = metering.find_meter(work.tx, run.id)
         if meter is not None and meter.is_open:
             workload = store.get_workload(work.tx, run.workload_id)
-            for device_id in run.device_ids:
-                if fleet.get_device(work.tx, device_id).healthy:
-                    metering.switch_device(work, device_id, _used(workload), work.now, run.id)
+            _switch(work, run.device_ids, _used(workload), work.now, run.id)
 
 
 # ---- helpers ----------------------------------------------------------------------------------
@@ -504,11 +508,24 @@ def _used(workload: Workload) -> Use:
     return Use.FIRST_PARTY if workload.party == "first_party" else Use.SOLD_USED
 
 
-def _switch(work: Work, run: Run, use: Use, at: datetime) -> None:
-    """The run's devices do that from `at` on; one that is lost stays down."""
-    for device_id in run.device_ids:
+def _switch(work: Work, device_ids: Iterable[str], use: Use, at: datetime, reference: str) -> None:
+    """The devices do that from `at` on; one that is lost stays down."""
+    for device_id in device_ids:
         if fleet.get_device(work.tx, device_id).healthy:
-            metering.switch_device(work, device_id, use, at, run.id)
+            metering.switch_device(work, device_id, use, at, reference)
+
+
+def _give_back(work: Work, claim_id: str) -> None:
+    """Release a claim; its devices rest, or go on as the owner's where a recall holds them."""
+    device_ids = [row.device_id for row in allocation.placements_of(work.tx, claim_id)]
+    allocation.release(work, claim_id)
+    for device_id in device_ids:
+        rest = fleet.resting_use(work.tx, device_id)
+        holder = allocation.holder_of_device(work.tx, device_id)
+        if holder is not None and rest != "down":
+            metering.switch_device(work, device_id, Use.FIRST_PARTY, work.now, holder.holder)
+        else:
+            metering.switch_device(work, device_id, rest, work.now)
 
 
 def _reason(text: str | None) -> Reason:

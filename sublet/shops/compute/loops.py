@@ -18,7 +18,7 @@ from sublet.capacity.engines.port import Engine
 from sublet.rights import market
 from sublet.shops.compute import admission, life, store
 from sublet.shops.compute.driver import ACTOR, LOOK, Driver
-from sublet.shops.compute.model import Reason, Workload
+from sublet.shops.compute.model import Reason, ShutdownBegun, Workload
 from sublet.shops.compute.orders import home_of
 from sublet.shops.compute.states import State
 
@@ -33,6 +33,7 @@ EVENTS = (
     fleet.NodeEnrolled,
     fleet.DeviceDown,
     fleet.DeviceUp,
+    ShutdownBegun,
 )
 MAX_PASSES = 8
 IDLE = timedelta(seconds=30)
@@ -45,7 +46,8 @@ MAX_FORGOTTEN = 500
 
 
 class ComputeLoop:
-    """`step(now) -> next_due`. One an installation. While `admitting` is False nothing new starts.
+    """`step(now) -> next_due`. One an installation. A shutdown that begins while it lives closes it
+    for good: what was started meanwhile is ended, and nobody is admitted any more.
 
     `look`: how often running workloads are looked at when nothing is due.
     """
@@ -54,7 +56,8 @@ class ComputeLoop:
         self._books = books
         self._engine = engine
         self._driver = Driver(books, engine, look)
-        self.admitting = True
+        self._born_at = books.clock.now()
+        self._is_closing = False
         self._waiters_due: datetime | None = None
         self._is_anyone_waiting = False
         self._is_anyone_unplaced = False
@@ -66,11 +69,9 @@ class ComputeLoop:
         self._driver.begin_step()
         for _ in range(MAX_PASSES):
             changed = self._events()
-            if self.admitting:
-                changed = self._devices() or changed
+            changed = (self._end_all() if self._is_closing else self._devices()) or changed
             changed = self._driver.reconcile() or changed
-            if self.admitting:
-                changed = self._waiters() or changed
+            changed = (not self._is_closing and self._waiters()) or changed
             if not changed:
                 break
         now = self._books.clock.now()
@@ -86,7 +87,7 @@ class ComputeLoop:
         if self._is_anyone_waiting and self._waiters_due is not None:
             coming.append(self._waiters_due)
         if self._is_anyone_unplaced:
-            coming.append(now + LOOK)
+            coming.append(now + RETRY_WAITERS)
         return max(min(coming), now)
 
     # ---- what happened --------------------------------------------------------------------------
@@ -114,10 +115,21 @@ class ComputeLoop:
                 life.keep_neighbours(work, envelope.read(fleet.DeviceUp).node_id)
             case fleet.NodeStateChanged.kind:
                 life.keep_neighbours(work, envelope.read(fleet.NodeStateChanged).node_id)
+            case ShutdownBegun.kind:
+                # One from before this loop was made has done its work: the cloud is open again.
+                self._is_closing = self._is_closing or envelope.at >= self._born_at
             case _:
                 pass
         # Each of them may have made room, a notice too: what it freed is known only to the book.
         self._waiters_due = None
+
+    def _end_all(self) -> bool:
+        """What was admitted while the cloud was closing goes the way of the rest."""
+        with self._books.read() as tx:
+            if not store.list_unending(tx):
+                return False
+        with self._books.work(ACTOR) as work:
+            return life.end_all(work, Reason.SHUTDOWN) > 0
 
     # ---- admission ------------------------------------------------------------------------------
 

@@ -256,8 +256,15 @@ class MeterClosed(Event):
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class ShutdownBegun(Event):
+    """The cloud closes: everything ends, and the loop that reads this starts nothing more."""
+
+    kind: ClassVar[str] = "compute.shutdown_begun"
+
+
 class WorkloadNotFound(NotFound):
-    """There is no such workload: `sublet instance list` and `sublet job list` show yours."""
+    """There is no such workload, or this key may not see it: `sublet ls --all` shows yours."""
 
     code = "workload_not_found"
 

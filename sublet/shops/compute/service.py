@@ -28,13 +28,14 @@ from sublet.shops.compute.model import (
     Reason,
     Run,
     RunState,
+    ShutdownBegun,
     StopAnswer,
     Workload,
     WorkloadNotFound,
     WorkloadSpec,
 )
 from sublet.shops.compute.spec import checked
-from sublet.shops.compute.states import LIVE, State, Step, WrongState
+from sublet.shops.compute.states import State, Step, WrongState
 
 CordonMode = Literal["cordon", "drain", "immediate"]
 CHANGEABLE = ("name", "auto_resume", "requeue", "max_retries", "ssh_keys")
@@ -231,18 +232,11 @@ def extend_runway(work: Work, workload_id: str, until: datetime) -> None:
 
 
 def begin_shutdown(work: Work) -> int:
-    """End everything that runs, as if the owner had ended it. Returns how many were live."""
-    live: list[Workload] = []
-    after: int | None = None
-    for _ in range(100_000):
-        page = store.list_workloads(work.tx, states=LIVE, after=after, limit=500)
-        live += page
-        if len(page) < 500:
-            break
-        after = page[-1].seq
-    for workload in live:
-        life.end_now(work, workload, Reason.SHUTDOWN)
-    return len(live)
+    """End everything that runs, as if the owner had ended it; the loop starts nothing more until
+    it is made anew. Returns how many are ended now. What is queued stays queued.
+    """
+    work.emit(ShutdownBegun())
+    return life.end_all(work, Reason.SHUTDOWN)
 
 
 def count_live(tx: Connection) -> int:

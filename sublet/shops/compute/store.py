@@ -186,6 +186,16 @@ def list_workloads(
     return [_workload(row) for row in tx.execute(query)]
 
 
+def list_unending(tx: Connection) -> list[Workload]:
+    """Live, and not on their way out."""
+    rows = tx.execute(
+        sa.select(workloads)
+        .where(workloads.c.state.in_(list(LIVE - {State.STOPPING})))
+        .order_by(workloads.c.seq)
+    )
+    return [_workload(row) for row in rows]
+
+
 def list_waiting(tx: Connection, limit: int) -> list[Workload]:
     """Who waits, in the order of service: rank, then age."""
     rows = tx.execute(

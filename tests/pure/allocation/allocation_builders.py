@@ -6,6 +6,8 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import count as counter
 
+from hypothesis import HealthCheck, settings
+
 from sublet.capacity.allocation.book import PoolBook
 from sublet.capacity.allocation.model import (
     Claim,
@@ -21,6 +23,13 @@ MINUTE = timedelta(minutes=1)
 HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)
 _numbers = counter(1)
+
+
+def examples(number: int) -> settings:
+    """So many examples, however slow the machine is today."""
+    return settings(
+        max_examples=number, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
 
 
 def seconds(n: float) -> timedelta:

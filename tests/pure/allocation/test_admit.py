@@ -16,10 +16,11 @@ from allocation_builders import (
     a_book,
     a_need,
     a_sale,
+    examples,
     on_demand,
     seconds,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sublet.capacity.allocation.admit import admit, applied
@@ -116,7 +117,7 @@ def books(draw: st.DrawFn) -> PoolBook:
 
 
 @given(books(), sales())
-@settings(max_examples=150, deadline=None)
+@examples(80)
 def test_after_an_admitted_sale_its_lock_holds_in_every_bucket(book: PoolBook, sale: Claim) -> None:
     sale = replace(sale, opened_at=None)
     decision = admit(book, sale, now=NOW)
@@ -125,15 +126,17 @@ def test_after_an_admitted_sale_its_lock_holds_in_every_bucket(book: PoolBook, s
     after = applied(book, decision)
     claim = decision.claim
     first, stop = after.grid.span(claim.starts_at, lock_free_by(claim, NOW))
-    by_book = after.locked(claim.rank, NOW) + after.need_against_sales(NOW)
+    locked = after.locked(claim.rank, NOW)
+    by_book = locked + after.need_against_sales(NOW)
     assert (by_book[first:stop] <= after.supply[first:stop]).all()
     for bucket in range(first, stop):
         by_hand = locked_by_hand(after, claim.rank, bucket, NOW)
         assert by_hand + need_by_hand(after, bucket) <= SUPPLY
+        assert by_hand <= int(locked[bucket])
 
 
 @given(books(), sales())
-@settings(max_examples=150, deadline=None)
+@examples(80)
 def test_nobody_is_pinned_before_its_release_allows_and_only_lower_ranks(
     book: PoolBook, sale: Claim
 ) -> None:
@@ -153,7 +156,7 @@ def test_nobody_is_pinned_before_its_release_allows_and_only_lower_ranks(
 
 
 @given(books(), sales())
-@settings(max_examples=150, deadline=None)
+@examples(80)
 def test_a_unit_is_free_at_its_start_counting_everybody_who_may_still_be_there(
     book: PoolBook, sale: Claim
 ) -> None:
@@ -182,7 +185,7 @@ def _held_at(book: PoolBook, at: datetime) -> int:
 
 
 @given(books(), sales())
-@settings(max_examples=150, deadline=None)
+@examples(80)
 def test_admit_then_release_gives_the_same_book(book: PoolBook, sale: Claim) -> None:
     after = book.with_claim(sale).without(sale.id)
     assert np.array_equal(after.active, book.active)
@@ -195,7 +198,7 @@ def test_admit_then_release_gives_the_same_book(book: PoolBook, sale: Claim) -> 
 
 
 @given(books(), sales())
-@settings(max_examples=100, deadline=None)
+@examples(80)
 def test_the_book_kept_by_changes_equals_the_book_made_from_its_claims(
     book: PoolBook, sale: Claim
 ) -> None:
@@ -208,7 +211,7 @@ def test_the_book_kept_by_changes_equals_the_book_made_from_its_claims(
 
 
 @given(books(), sales(), st.data())
-@settings(max_examples=200, deadline=None)
+@examples(80)
 def test_smaller_or_shorter_of_the_same_shape_is_admitted_too(
     book: PoolBook, sale: Claim, data: st.DataObject
 ) -> None:
@@ -225,7 +228,7 @@ def test_smaller_or_shorter_of_the_same_shape_is_admitted_too(
 
 
 @given(books(), sales())
-@settings(max_examples=300, deadline=None)
+@examples(150)
 def test_what_a_refusal_names_is_then_admitted(book: PoolBook, sale: Claim) -> None:
     sale = replace(sale, opened_at=None)
     decision = admit(book, sale, now=NOW)
@@ -260,7 +263,7 @@ def as_it_is_then(book: PoolBook, at: datetime) -> PoolBook:
 
 
 @given(st.lists(st.sampled_from([1, 2, 4]), max_size=4), st.sampled_from([10, 45, 200]))
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_there_is_no_instant_only_where_something_without_end_stands_in_the_way(
     open_sales: list[int], minutes: int
 ) -> None:

@@ -290,7 +290,9 @@ class LocalEngine:
         self._order(run_id, {"op": "metadata", "document": dict(document)})
 
     def signal(self, run_id: str, name: str) -> None:
-        self._order(run_id, {"op": "signal", "signum": int(signal.Signals[name])})
+        """Raises NotAttachable where nothing runs that could be signalled."""
+        if self._order(run_id, {"op": "signal", "signum": int(signal.Signals[name])}) is None:
+            raise NotAttachable
 
     def stop(self, run_id: str, *, grace_seconds: int, reason: str) -> None:
         self._order(run_id, {"op": "stop", "grace_seconds": grace_seconds, "reason": reason})
@@ -325,12 +327,11 @@ class LocalEngine:
         return scrub_run(self._folder(run_id), self._clock, seen)
 
     def forget(self, run_id: str) -> None:
+        """No effect before the scrub."""
         folder = self._folder(run_id)
-        if not folder.is_dir():
-            return
-        seen = observing.observe(folder, self._clock)
+        seen = observing.observe(folder, self._clock) if folder.is_dir() else None
         if seen is not None and not seen.scrubbed:
-            raise EngineError(f"run {run_id} is not scrubbed yet: scrub it, then forget it")
+            return
         left = wipe(str(folder))
         if left:
             raise EngineError(f"the records of run {run_id} could not be deleted: {left[0]}")

@@ -40,7 +40,8 @@ class Rules:
     """Of this installation on this machine: two may know a run by the same id."""
     trusted: bool
     without: frozenset[str]
-    has_bubblewrap: bool
+    bubblewrap: str | None
+    """Its path, where it is installed."""
     has_python: bool
     has_seccomp: bool
     cgroup_bases: dict[str, str]
@@ -71,7 +72,7 @@ class Rules:
             name=name,
             trusted=trusted,
             without=without,
-            has_bubblewrap="bubblewrap" not in without and shutil.which("bwrap") is not None,
+            bubblewrap=None if "bubblewrap" in without else shutil.which("bwrap"),
             has_python=os.access(PYTHON, os.X_OK),
             has_seccomp="seccomp" not in without and seccomp.is_supported(),
             cgroup_bases=bases,
@@ -84,7 +85,7 @@ class Rules:
 
     @property
     def rung(self) -> str:
-        return "sandbox" if self.has_bubblewrap else "bare"
+        return "bare" if self.bubblewrap is None else "sandbox"
 
     def shown(self) -> dict[str, object]:
         """What of them decides how strong a fence is."""
@@ -101,7 +102,7 @@ class Rules:
         """Raises StartRefused where nothing can be started, naming the way."""
         if not self.has_python:
             raise StartRefused(f"{PYTHON} is missing: apt-get install python3")
-        if not self.has_bubblewrap and not self.trusted:
+        if self.bubblewrap is None and not self.trusted:
             raise StartRefused(
                 f"bubblewrap is missing, so workloads cannot be fenced: {BUBBLEWRAP_REMEDY}"
             )
@@ -157,6 +158,7 @@ class Rules:
             runway_ns=clock.to_boot_ns(spec.runway_until),
             log_bytes=self.log_bytes,
             rung=self.rung,
+            bubblewrap=self.bubblewrap or "",
             cgroups=cgroups.folders(self.cgroup_bases, spec.run_id),
             own_network=self.rung == "sandbox" and "netns" not in self.without,
             seccomp=self.rung == "sandbox" and self.has_seccomp,

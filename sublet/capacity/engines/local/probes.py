@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +65,7 @@ def probe(
     kept = None if fresh else find_kept(root, clock, rules)
     if kept is not None:
         return kept
-    if not rules.has_bubblewrap and not rules.trusted:
+    if rules.bubblewrap is None and not rules.trusted:
         probed = _nothing("bubblewrap is not installed: nothing is started", BUBBLEWRAP_REMEDY)
     else:
         folder = root / _FOLDER
@@ -100,14 +99,13 @@ def _keep(root: Path, key: str, probed: Probed) -> None:
 
 def _key(clock: Clock, rules: Rules) -> str:
     """Boot, code and powers: what the table depends on."""
-    program = shutil.which("bwrap")
     status = Path("/proc/self/status").read_text().splitlines()
     about = {
         "boot": clock.boot_id(),
         "code": _code(),
         "uid": os.geteuid(),
         "powers": [line for line in status if line.startswith(("CapEff", "CapBnd"))],
-        "bubblewrap": os.stat(program).st_mtime_ns if program else 0,
+        "bubblewrap": os.stat(rules.bubblewrap).st_mtime_ns if rules.bubblewrap else 0,
         "rules": rules.shown(),
         "cpus": sorted(os.sched_getaffinity(0)),
     }
@@ -134,7 +132,7 @@ def judge(outcomes: Mapping[str, Outcome], rules: Rules, cpus_each: float) -> Pr
     out = outcomes.get("outbound")
     out_reached = _reached(out, "network")
     inside = f"user namespaces inside: {walls['namespaces']}"
-    wall_remedy = _NAMESPACE_REMEDY if rules.has_bubblewrap else BUBBLEWRAP_REMEDY
+    wall_remedy = BUBBLEWRAP_REMEDY if rules.bubblewrap is None else _NAMESPACE_REMEDY
     network = [*walls["network"], *out_reached]
     network_remedy = wall_remedy
     if network and all("vsock" in way for way in network):
@@ -191,7 +189,7 @@ def _cpu(outcome: Outcome, rules: Rules, cpus_each: float) -> Fence:
         return _fence("none", "nothing", outcome.failure, _CGROUP_REMEDY)
     groups = [name for name in ("cpuset", "cpu") if name in rules.cgroup_bases]
     by = f"cgroup ({', '.join(groups)})" if groups else "affinity"
-    if not groups and rules.has_seccomp and rules.has_bubblewrap:
+    if not groups and rules.has_seccomp and rules.bubblewrap is not None:
         by = "affinity, which the system-call filter keeps"
     evidence = (
         f"four spinning processes burnt {found['rate']} CPU-seconds a second on "

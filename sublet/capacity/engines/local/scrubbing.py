@@ -21,9 +21,10 @@ _PAUSE_SECONDS = 0.02
 
 
 def scrub_run(folder: Path, clock: Clock, seen: Observation) -> ScrubReport:
-    """Raises EngineError before EXITED or FAILED."""
+    """Nothing is touched, and nothing is clean, before EXITED or FAILED."""
     if seen.phase not in (Phase.EXITED, Phase.FAILED):
-        raise EngineError(f"run {seen.run_id} is {seen.phase}: it is scrubbed when it is over")
+        finding = f"the run is {seen.phase}, not over"
+        return ScrubReport(clean=False, at=clock.now(), findings=(finding,))
     try:
         plan = records.read_plan(str(folder))
     except records.Damaged as damage:

@@ -168,8 +168,8 @@ class SimulatedEngine:
     def notice(self, run_id: str, notice: Notice) -> datetime:
         with self._lock:
             run, now = self._reach(run_id)
-            if run.term_at is not None:
-                return run.term_at
+            if run.term_at is not None or not run.is_live:
+                return run.term_at or now
             published = run.notice is None
             run.notice = notice
             fixed = max(notice.term_at, run.deadline_at or now, now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -9,10 +10,16 @@ from fastapi import APIRouter, Query
 from sqlalchemy import Connection
 from starlette.responses import Response, StreamingResponse
 
-from sublet.base.kernel.errors import Invalid, NoCapacity, PaymentRequired, SubletError
+from sublet.base.kernel.errors import (
+    Invalid,
+    NoCapacity,
+    PaymentRequired,
+    SubletError,
+    TooMany,
+)
 from sublet.base.store import Work
 from sublet.base.wire import rest
-from sublet.capacity.engines.port import NotAttachable, SpawnSpec
+from sublet.capacity.engines.port import Attachable, NotAttachable, SpawnSpec
 from sublet.edge.api import inside
 from sublet.edge.api.call import Call, Caller, Poster, versioned
 from sublet.edge.api.errors import declared
@@ -36,6 +43,8 @@ Follow = Annotated[bool, Query(description="Go on until the workload is over.")]
 
 DEMAND = (NoCapacity, PaymentRequired, tenancy.QuotaExceeded, market.BudgetExceeded)
 """Refusals that leave unmet demand behind."""
+COMMANDS_AT_A_TIME = 16
+"""Each keeps a thread of this process busy, of which there are forty."""
 ACTS = declared(402, 409)
 MADE: dict[int | str, dict[str, Any]] = {
     **ACTS,
@@ -364,6 +373,15 @@ def _ended(
     return call.act(action, do, target=workload_id, headers=versioned)
 
 
+class TooManyCommands(TooMany):
+    """Too many commands run through the API at the moment: try again, or log in over SSH."""
+
+    code = "too_many_commands"
+
+
+_commands = threading.BoundedSemaphore(COMMANDS_AT_A_TIME)
+
+
 def _exec(call: Call, kind: Kind, workload_id: str, body: rest.ExecCreate) -> rest.ExecResult:
     try:
         with call.deps.store.work(call.actor) as work:
@@ -371,16 +389,22 @@ def _exec(call: Call, kind: Kind, workload_id: str, body: rest.ExecCreate) -> re
             run = compute.find_live_run(work.tx, workload_id)
             if run is None or run.state is not compute.RunState.RUNNING:
                 raise NotAttachable()
+            if not isinstance(call.deps.engine, Attachable):
+                raise NotAttachable("This engine lets no commands in: read the logs instead.")
             detail = {"program": body.argv[0][:200]}
             tenancy.audit(work, action="exec", target=workload_id, result="ok", detail=detail)
+        spec = SpawnSpec(argv=tuple(body.argv), env=body.env)
+        if not _commands.acquire(blocking=False):
+            raise TooManyCommands(retry_after_seconds=5)
+        try:
+            ran = inside.run_inside(
+                call.deps.engine, run.id, spec, body.stdin.encode(), body.timeout_seconds
+            )
+        finally:
+            _commands.release()
     except SubletError as refusal:
         call.note_refusal("exec", workload_id, refusal)
         raise
-    spec = SpawnSpec(argv=tuple(body.argv), env=body.env)
-    try:
-        ran = inside.run_inside(
-            call.deps.engine, run.id, spec, body.stdin.encode(), body.timeout_seconds
-        )
     except OSError as error:
         raise Invalid(
             f"argv: {body.argv[0]!r} cannot be run there ({error.strerror})", param="argv"

@@ -14,6 +14,8 @@ from .loop import Loop
 PIECE_NAME = "log"
 _BURST = 256 * 1024
 _REST_NS = 50_000_000
+_LARGEST_PIPE = 4 << 20
+"""Four times what a tenant may enlarge it to."""
 
 
 class LogWriter:
@@ -62,15 +64,22 @@ class LogPump:
         loop.watch(self._pipe, self._carry)
 
     def _carry(self, _events: int) -> None:
+        if not self._take(_BURST):
+            self._loop.rest(self._pipe, _REST_NS)
+
+    def _take(self, most: int) -> bool:
+        """Write what is in the pipe, up to so much; True when it is empty."""
         taken = 0
-        while taken < _BURST:
+        while taken < most:
             try:
                 data = os.read(self._pipe, 65536)
             except BlockingIOError:
-                return
-            taken += max(len(data), 1)
+                return True
+            if not data:
+                return True
+            taken += len(data)
             self._write(data)
-        self._loop.rest(self._pipe, _REST_NS)
+        return False
 
     def _write(self, data: bytes) -> None:
         try:
@@ -79,20 +88,14 @@ class LogPump:
             return  # the disk is full: output is lost, the run is not
 
     def say(self, text: str) -> None:
-        """A line of Sublet's own."""
+        """A line of Sublet's own, after what was said before it."""
+        self._take(_BURST)
         self._write(f"[sublet] {text}\n".encode())
 
     def finish(self) -> None:
         """Take what is left, once everybody who wrote is gone."""
         os.close(self.sink)
-        for _ in range(64):  # a pipe holds 64 KiB, or 1 MiB where somebody made it larger
-            try:
-                data = os.read(self._pipe, 65536)
-            except BlockingIOError:
-                return
-            if not data:
-                return
-            self._write(data)
+        self._take(_LARGEST_PIPE)
 
 
 def read(folder: str, offset: int, limit: int) -> tuple[bytes, int]:

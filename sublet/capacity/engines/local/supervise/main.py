@@ -26,15 +26,24 @@ def main() -> None:
         if plan is None or plan.v != records.PROTOCOL:
             raise records.Damaged("the plan is not one this supervisor can read")
         if records.read_state(folder) is not None:
-            os.write(ready, b"known")  # a supervisor has been here: a run has one life
+            _report(ready, b"known")  # a supervisor has been here: a run has one life
             return
         supervisor = Supervisor(folder, plan)
-        os.write(ready, b"ok")
-        os.close(ready)
+        _report(ready, b"ok")
         supervisor.serve()
     except BaseException:
         traceback.print_exc()  # whatever is left inside ends with this process
         raise
+
+
+def _report(ready: int, word: bytes) -> None:
+    """Whoever started us may be gone by now: then nobody needs to hear it."""
+    try:
+        os.write(ready, word)
+    except BrokenPipeError:
+        pass
+    finally:
+        os.close(ready)
 
 
 def _detach(folder: str, kept: set[int]) -> None:

@@ -99,7 +99,7 @@ def listen(address: str, port: int) -> socket.socket:
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((address, port))
-    listener.listen(8)
+    listener.listen(128)
     listener.setblocking(False)
     return listener
 

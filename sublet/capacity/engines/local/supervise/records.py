@@ -88,6 +88,7 @@ class Plan:
     log_bytes: int
     rung: str
     """`sandbox` (bubblewrap) or `bare` (a session of its own, for trusted tenants)."""
+    bubblewrap: str
     cgroups: dict[str, str]
     """Folder of this run by controller; empty: no cgroup."""
     own_network: bool

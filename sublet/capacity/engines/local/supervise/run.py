@@ -40,7 +40,7 @@ class Run:
                 if instant is not None
             )
         if state.deadline_ns is None or at_ns > state.deadline_ns:
-            state.deadline_ns = at_ns
+            state.deadline_ns = max(at_ns, now_ns)
             state.notice = notice
         elif state.notice is not None:
             state.notice = {**notice, "time": state.notice["time"]}

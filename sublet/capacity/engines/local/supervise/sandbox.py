@@ -270,7 +270,7 @@ def _bwrap(
     home = f"{stage}/home" if plan.uid is not None else plan.home
     scratch = f"{stage}/scratch" if plan.uid is not None else plan.scratch
     half = max(plan.memory_bytes // 2, 1 << 20)
-    argv = ["bwrap", "--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts"]
+    argv = [plan.bubblewrap, "--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts"]
     argv += ["--unshare-cgroup-try", "--disable-userns"]
     if plan.own_network:
         argv += ["--unshare-net"]

@@ -1,0 +1,347 @@
+"""For each invariant a change of a sound database that breaks it; docs/invariants.md quotes them.
+
+The docstring says the change in words. A mutant that cannot but break another invariant as well
+names it in `also`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from sublet.capacity.allocation.store import claims, placements
+from sublet.records.ledger.store import accounts, holds
+from sublet.records.metering.store import meters, spans, usage
+from sublet.records.tenancy.store import keys, organisations
+from sublet.rights.owner.store import recall_rows, shortfalls
+from sublet.shops.compute.store import runs, transitions, workloads
+
+SECOND = timedelta(seconds=1)
+MILLISECOND = timedelta(milliseconds=1)
+Mutate = Callable[[Connection], None]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    breaks: str
+    also: frozenset[str]
+    said: str
+    mutate: Mutate
+
+
+MUTANTS: list[Mutant] = []
+
+
+def breaks(invariant: str, *, also: tuple[str, ...] = ()) -> Callable[[Mutate], Mutate]:
+    def keep(mutate: Mutate) -> Mutate:
+        said = " ".join((mutate.__doc__ or "").split())
+        MUTANTS.append(Mutant(mutate.__name__, invariant, frozenset(also), said, mutate))
+        return mutate
+
+    return keep
+
+
+# Rows of the story.
+
+
+def one(tx: Connection, table: sa.Table, *where: Any) -> Any:
+    """The first such row."""
+    query = sa.select(table).where(*where).limit(1)
+    return tx.execute(query).one()
+
+
+def change(tx: Connection, table: sa.Table, *where: Any, **values: Any) -> None:
+    assert tx.execute(table.update().where(*where).values(**values)).rowcount == 1
+
+
+def repeat(tx: Connection, table: sa.Table, row: Any, **values: Any) -> None:
+    """The row once more, with other values where they are given."""
+    copied = {name: value for name, value in row._mapping.items() if name != "seq"}
+    tx.execute(table.insert().values(copied | values))
+
+
+def workload(tx: Connection, name: str) -> Any:
+    return next(w for w in tx.execute(sa.select(workloads)) if w.spec["name"] == name)
+
+
+def run_of(tx: Connection, name: str, number: int = 1) -> Any:
+    found = workload(tx, name)
+    return one(tx, runs, runs.c.workload_id == found.id, runs.c.number == number)
+
+
+def device_of(tx: Connection, name: str) -> str:
+    (device,) = run_of(tx, name).device_ids
+    return str(device)
+
+
+# The book.
+
+
+@breaks("one_holder")
+def a_device_is_given_out_before_it_is_free(tx: Connection) -> None:
+    """The hold of an interrupted workload on its device ends a minute later than it did, when the
+    owner had the device already."""
+    held = one(tx, placements, placements.c.claim_id == run_of(tx, "train").claim_id)
+    change(
+        tx, placements, placements.c.seq == held.seq, ends_at=held.ends_at + timedelta(minutes=1)
+    )
+
+
+@breaks("children_stay_inside")
+def a_child_sits_on_a_sold_device(tx: Connection) -> None:
+    """What the owner runs inside a recall is moved to a device that is sold to somebody else."""
+    child = one(tx, placements, placements.c.level == 1, placements.c.ends_at.is_(None))
+    change(tx, placements, placements.c.seq == child.seq, device_id=device_of(tx, "also-firm"))
+
+
+@breaks("claims_hold_what_they_may")
+def a_claim_grows_without_devices(tx: Connection) -> None:
+    """A claim that holds one device is made one for two."""
+    change(tx, claims, claims.c.id == workload(tx, "also-firm").claim_id, devices=2)
+
+
+@breaks("claims_hold_what_they_may")
+def a_released_claim_keeps_its_device(tx: Connection) -> None:
+    """A claim is marked as released and goes on holding its device."""
+    claim = one(tx, claims, claims.c.id == workload(tx, "also-firm").claim_id)
+    change(tx, claims, claims.c.id == claim.id, released_at=claim.opened_at + SECOND)
+
+
+@breaks("releases_are_honoured")
+def a_notice_is_cut_short(tx: Connection) -> None:
+    """A noticed claim's SIGTERM, and all that follows, is set a second before its notice is over."""
+    claim = one(tx, claims, claims.c.id == workload(tx, "box").claim_id)
+    change(
+        tx,
+        claims,
+        claims.c.id == claim.id,
+        term_at=claim.term_at - SECOND,
+        free_by=claim.free_by - SECOND,
+    )
+
+
+@breaks("releases_are_honoured")
+def firm_time_is_broken(tx: Connection) -> None:
+    """An on-demand claim is told, with its whole notice, to end within its firm hour."""
+    claim = one(tx, claims, claims.c.id == workload(tx, "also-firm").claim_id)
+    early = claim.opened_at + timedelta(seconds=claim.firm_seconds) - SECOND
+    change(
+        tx,
+        claims,
+        claims.c.id == claim.id,
+        noticed_at=early - timedelta(seconds=claim.notice_seconds),
+        notice_reason="owner_recall",
+        term_at=early,
+        free_by=early + timedelta(seconds=claim.stop_seconds),
+    )
+
+
+@breaks("free_by_covers_the_stop")
+def the_stop_is_forgotten(tx: Connection) -> None:
+    """A noticed claim's devices are promised for the instant of its SIGTERM."""
+    claim = one(tx, claims, claims.c.id == workload(tx, "box").claim_id)
+    change(tx, claims, claims.c.id == claim.id, free_by=claim.term_at)
+
+
+@breaks("need_is_met_or_recorded")
+def a_shortfall_is_hidden(tx: Connection) -> None:
+    """The Shortfall of a need that was not met in time is deleted."""
+    claim = one(tx, claims, claims.c.holder == "ned_research")
+    tx.execute(shortfalls.delete().where(shortfalls.c.claim_id == claim.id))
+    promise = timedelta(hours=1)
+    change(tx, claims, claims.c.id == claim.id, starts_at=claim.starts_at - promise)
+
+
+@breaks("recalls_are_on_time_or_late")
+def a_late_hand_over_is_not_marked(tx: Connection) -> None:
+    """A row of a recall was handed over a second after its date, and the recall is not late."""
+    row = one(tx, recall_rows, recall_rows.c.delivered_at.is_not(None))
+    where = (recall_rows.c.recall_id == row.recall_id, recall_rows.c.number == row.number)
+    change(tx, recall_rows, *where, delivered_at=row.free_by + SECOND)
+
+
+@breaks("recalls_are_on_time_or_late")
+def an_overdue_row_is_not_marked(tx: Connection) -> None:
+    """A row that still waits was due a minute ago, and the recall is not late."""
+    row = one(tx, recall_rows, recall_rows.c.delivered_at.is_(None))
+    where = (recall_rows.c.recall_id == row.recall_id, recall_rows.c.number == row.number)
+    change(tx, recall_rows, *where, free_by=row.free_by - timedelta(hours=1))
+
+
+@breaks("uses_match_holders")
+def a_held_device_counts_as_idle(tx: Connection) -> None:
+    """The time of a device that is sold is counted as idle."""
+    device = device_of(tx, "also-firm")
+    change(tx, spans, spans.c.device_id == device, spans.c.ends_at.is_(None), use="idle")
+
+
+@breaks("placements_run_forward")
+def a_placement_ends_before_it_begins(tx: Connection) -> None:
+    """A device was given back a millisecond before it was given."""
+    held = one(tx, placements, placements.c.claim_id == run_of(tx, "done").claim_id)
+    change(tx, placements, placements.c.seq == held.seq, ends_at=held.starts_at - MILLISECOND)
+
+
+# Money.
+
+
+@breaks("transfers_balance", also=("balances_are_sums",))
+def money_appears(tx: Connection) -> None:
+    """A micro-dollar is added to one account, and nowhere taken."""
+    change(tx, accounts, accounts.c.name == "trial", balance_micros=accounts.c.balance_micros + 1)
+
+
+@breaks("balances_are_sums")
+def money_moves_without_a_transfer(tx: Connection) -> None:
+    """A micro-dollar goes from one account to another and no transfer says so."""
+    change(tx, accounts, accounts.c.name == "trial", balance_micros=accounts.c.balance_micros + 1)
+    change(
+        tx, accounts, accounts.c.name == "payments", balance_micros=accounts.c.balance_micros - 1
+    )
+
+
+@breaks("credit_is_never_negative")
+def credit_is_promised_twice(tx: Connection) -> None:
+    """A hold is raised by a thousand million dollars, which its customer does not have."""
+    much = 10**15
+    hold = one(tx, holds, holds.c.state == "open")
+    change(tx, holds, holds.c.id == hold.id, amount_micros=hold.amount_micros + much)
+    change(
+        tx,
+        accounts,
+        accounts.c.name == hold.account,
+        held_micros=accounts.c.held_micros + much,
+    )
+
+
+@breaks("open_meter_has_a_hold")
+def a_hold_lapses_under_an_open_meter(tx: Connection) -> None:
+    """The hold of a workload that runs is released."""
+    hold = one(tx, holds, holds.c.state == "open")
+    change(tx, holds, holds.c.id == hold.id, state="released")
+    change(
+        tx,
+        accounts,
+        accounts.c.name == hold.account,
+        held_micros=accounts.c.held_micros - hold.amount_micros,
+    )
+
+
+# Use.
+
+
+@breaks("usage_is_contiguous")
+def a_second_is_not_metered(tx: Connection) -> None:
+    """A record of use begins a millisecond after the one before it ended."""
+    row = one(tx, usage, usage.c.kind == "held", usage.c.corrects.is_(None))
+    change(tx, usage, usage.c.seq == row.seq, starts_at=row.starts_at + MILLISECOND)
+
+
+@breaks("meter_stays_within_evidence")
+def a_silent_run_is_billed(tx: Connection) -> None:
+    """A meter stands a second beyond the last sign of life of its run."""
+    run_id = run_of(tx, "also-firm").id
+    meter = one(tx, meters, meters.c.run_id == run_id)
+    change(tx, meters, meters.c.run_id == run_id, last_evidence_at=meter.metered_to - SECOND)
+
+
+@breaks("nothing_is_metered_twice")
+def a_correction_takes_back_twice(tx: Connection) -> None:
+    """A correction takes back one device more than was recorded."""
+    row = one(tx, usage, usage.c.kind == "held", usage.c.corrects.is_(None))
+    repeat(tx, usage, row, event_id="twice", corrects=row.event_id, devices=-row.devices - 1)
+
+
+@breaks("nothing_is_metered_twice", also=("usage_is_contiguous",))
+def a_record_is_written_twice(tx: Connection) -> None:
+    """A record of use is there a second time under another event id."""
+    row = one(tx, usage, usage.c.kind == "held", usage.c.corrects.is_(None))
+    repeat(tx, usage, row, event_id="twice")
+
+
+@breaks("device_time_partitions")
+def a_device_has_a_gap(tx: Connection) -> None:
+    """A millisecond of a device's time belongs to no use."""
+    span = one(tx, spans, spans.c.ends_at.is_not(None))
+    where = (spans.c.device_id == span.device_id, spans.c.seq == span.seq)
+    change(tx, spans, *where, ends_at=span.ends_at - MILLISECOND)
+
+
+# Who.
+
+
+@breaks("secrets_are_digests")
+def a_secret_is_kept(tx: Connection) -> None:
+    """A key's secret lies in the place of its digest."""
+    key = one(tx, keys)
+    change(tx, keys, keys.c.id == key.id, digest="sk_an_open_secret")
+
+
+@breaks("one_owner")
+def a_second_owner_comes(tx: Connection) -> None:
+    """A second organisation is the owner."""
+    tx.execute(sa.text("DROP INDEX uq_tenancy_organisation_owner"))
+    owner = one(tx, organisations, organisations.c.kind == "owner")
+    repeat(tx, organisations, owner, id="org_second")
+
+
+# Workloads.
+
+
+@breaks("one_live_run")
+def a_workload_runs_twice(tx: Connection) -> None:
+    """A second run of a running workload is intended."""
+    run = run_of(tx, "also-firm")
+    repeat(tx, runs, run, id="run_second", number=run.number + 1, state="intended", started_at=None)
+
+
+@breaks("runs_do_not_overlap")
+def a_run_starts_before_the_last_is_gone(tx: Connection) -> None:
+    """The first run of a workload was gone a second after its second one had started."""
+    first, second = run_of(tx, "firm", 1), run_of(tx, "firm", 2)
+    change(tx, runs, runs.c.id == first.id, exited_at=second.started_at + SECOND)
+
+
+@breaks("meters_match_runs")
+def a_meter_opens_before_the_hand_over(tx: Connection) -> None:
+    """A run was handed over a second after its meter had opened."""
+    run = run_of(tx, "also-firm")
+    change(tx, runs, runs.c.id == run.id, started_at=run.started_at + SECOND)
+
+
+@breaks("transitions_form_a_chain")
+def a_step_is_missing(tx: Connection) -> None:
+    """One of a workload's transitions is deleted."""
+    row = one(
+        tx,
+        transitions,
+        transitions.c.workload_id == workload(tx, "firm").id,
+        transitions.c.event == "started",
+    )
+    tx.execute(transitions.delete().where(transitions.c.seq == row.seq))
+
+
+@breaks("transitions_form_a_chain")
+def a_state_is_written_by_hand(tx: Connection) -> None:
+    """A workload that completed is put into another state, and no transition says so."""
+    change(tx, workloads, workloads.c.id == workload(tx, "done").id, state="failed")
+
+
+@breaks("claims_follow_states")
+def a_running_workload_has_no_claim(tx: Connection) -> None:
+    """A workload runs on and its claim is forgotten."""
+    change(tx, workloads, workloads.c.id == workload(tx, "also-firm").id, claim_id=None)
+
+
+@breaks("no_sigterm_before_its_time")
+def a_workload_is_ended_too_soon(tx: Connection) -> None:
+    """An interrupted run got its SIGTERM a second less than its notice after it was told."""
+    run = run_of(tx, "train")
+    early = run.published_at + timedelta(seconds=run.notice_seconds) - SECOND
+    change(tx, runs, runs.c.id == run.id, term_at=early)
