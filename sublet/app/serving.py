@@ -16,7 +16,8 @@ from sublet.capacity.engines.port import Attachable, Notice
 from sublet.edge.api import Deps, create_api
 from sublet.edge.bastion import Bastion, Target
 from sublet.shops import compute
-from sublet.shops.compute.store import find_run
+from sublet.shops.compute.reconcile import would_requeue
+from sublet.shops.compute.store import find_run, get_workload
 
 WAIT_LOOK_SECONDS = 0.02
 WAIT_LOOKS = 500
@@ -98,7 +99,11 @@ class Door:
     def notice_of(self, run_id: str) -> Notice | None:
         with self._app.store.read() as tx:
             run = find_run(tx, run_id)
-        if run is None or run.published_at is None or run.term_at is None or run.t0 is None:
-            return None
-        reason = str(run.notice_reason or "owner_recall")
-        return Notice(term_at=run.term_at, action="stop", reason=reason)
+            if run is None or run.published_at is None or run.term_at is None or run.t0 is None:
+                return None
+            workload = get_workload(tx, run.workload_id)
+        reason = run.notice_reason or compute.Reason.OWNER_RECALL
+        returns = would_requeue(workload, reason)
+        return Notice(
+            term_at=run.term_at, action="requeue" if returns else "stop", reason=str(reason)
+        )

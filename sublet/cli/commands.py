@@ -33,8 +33,10 @@ Organisation = Annotated[
     str | None, typer.Option("--organisation", help="Another organisation's; for the owner.")
 ]
 PoolWord = Annotated[str | None, typer.Option("--pool", help="Its id or name; default: the one.")]
-Start = Annotated[str | None, typer.Option("--from", help="Start; default: of this month, UTC.")]
-End = Annotated[str | None, typer.Option("--to", help="End; default: now.")]
+Start = Annotated[
+    str | None, typer.Option("--from", help="A time, or 1d ago; default: this month, UTC.")
+]
+End = Annotated[str | None, typer.Option("--to", help="A time, or 1h ago; default: now.")]
 
 
 def group(help_text: str) -> typer.Typer:

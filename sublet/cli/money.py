@@ -28,8 +28,8 @@ def add_to(app: typer.Typer) -> None:
 
 def window(start: str | None, end: str | None) -> tuple[datetime, datetime]:
     """`--from` and `--to`; this month so far where they are left out."""
-    until = values.instant(end, "--to") if end else values.now()
-    since = values.instant(start, "--from") if start else month_of(until)
+    until = values.instant(end, "--to", ago=True) if end else values.now()
+    since = values.instant(start, "--from", ago=True) if start else month_of(until)
     if since >= until:
         raise UsageError(f"--from ({values.when(since)}) lies before --to ({values.when(until)}).")
     return since, until

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -94,7 +95,11 @@ def top(
         from rich.live import Live
 
         pause = threading.Event()
-        with Live(picture(cloud.status()), screen=True, auto_refresh=False) as live:
+        # Ctrl-C is how a person ends it, so it is no failure.
+        with (
+            suppress(KeyboardInterrupt),
+            Live(picture(cloud.status()), screen=True, auto_refresh=False) as live,
+        ):
             while True:
                 pause.wait(every)
                 live.update(picture(cloud.status()), refresh=True)

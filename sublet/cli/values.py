@@ -25,15 +25,16 @@ def seconds(text: str, option: str) -> int:
     return sum(int(number) * _UNITS[unit or "s"] for number, unit in parts)
 
 
-def instant(text: str, option: str) -> datetime:
-    """`2026-11-25T10:00Z`, `2026-11-25`, or a duration from now such as `10m`."""
+def instant(text: str, option: str, *, ago: bool = False) -> datetime:
+    """`2026-11-25T10:00Z`, `2026-11-25`, or a duration from now (or ago) such as `10m`."""
     if _DURATION.match(text) and not re.match(r"\d{4}-", text):
-        return now() + timedelta(seconds=seconds(text, option))
+        distance = timedelta(seconds=seconds(text, option))
+        return now() - distance if ago else now() + distance
     try:
         found = datetime.fromisoformat(text)
     except ValueError:
         raise UsageError(
-            f"{option} is a time such as 2026-11-25T10:00Z, or from now such as 10m, not {text!r}."
+            f"{option} is a time such as 2026-11-25T10:00Z, or a distance such as 10m, not {text!r}."
         ) from None
     return found.replace(tzinfo=found.tzinfo or UTC).astimezone(UTC)
 

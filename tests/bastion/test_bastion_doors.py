@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import stat
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import asyncssh
 import pytest
 
 from sublet.base.kernel.errors import Unavailable
@@ -159,6 +161,20 @@ def test_sessions_of_one_workload_have_a_bound(make_door: Callable[..., Door]) -
             return
         pause.wait(0.02)
     raise AssertionError("the place was not given back")
+
+
+def test_many_sessions_asked_for_at_once_are_bounded_too(make_door: Callable[..., Door]) -> None:
+    door = make_door(channels_per_workload=3)
+
+    async def story() -> int:
+        async with asyncssh.connect(
+            HOST, door.port, username=LOGIN, client_keys=[str(door.key)], known_hosts=None
+        ) as connection:
+            asked = [connection.create_process("cat") for _ in range(12)]
+            found = await asyncio.gather(*asked, return_exceptions=True)
+            return sum(not isinstance(one, BaseException) for one in found)
+
+    assert asyncio.run(story()) == 3
 
 
 def test_the_host_key_is_made_once_and_kept_private(make_door: Callable[..., Door]) -> None:

@@ -218,3 +218,10 @@ def test_nothing_is_left_open_here(rented: Door) -> None:
         assert rented.ssh(HOST, "true").returncode == 0
         assert rented.sftp("ls").returncode == 0
     wait_for(lambda: count() <= before)
+
+
+def test_what_is_left_in_the_background_does_not_keep_the_session(rented: Door) -> None:
+    done = rented.ssh(HOST, "nohup sleep 60 >/dev/null 2>&1 & echo started $!")
+    word, pid = done.stdout.decode().split()
+    assert word == "started"
+    assert rented.ssh(HOST, f"kill -0 {pid} && kill {pid}").returncode == 0

@@ -233,6 +233,16 @@ def test_a_name_means_the_one_that_lives(cloud: Cloud, run: Run) -> None:
     assert "ins_new, ins_2" in several.err
 
 
+def test_a_distance_is_into_the_past_for_books_and_the_future_for_plans() -> None:
+    from sublet.cli import values
+    from sublet.cli.money import window
+
+    start, end = window("1d", "1h")
+    assert abs((end - start).total_seconds() - 23 * 3600) < 5
+    assert end < values.now() < values.instant("10m", "--by")
+    assert values.seconds("1h30m", "--for") == 5400
+
+
 # Refusals and mistakes.
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,7 +49,7 @@ def opened() -> Iterator[tuple[Path, dict[str, Any]]]:
             yield data, json.loads(ready.read_text())
         finally:
             if cloud.poll() is None:
-                cloud.terminate()
+                cloud.send_signal(signal.SIGINT)
             cloud.wait(60)
 
 

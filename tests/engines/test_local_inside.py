@@ -162,7 +162,9 @@ def test_hanging_up_ends_the_process_and_what_it_started(local: Any) -> None:
     run = local.start()
     for spawned in (
         Attached(local, run, "sh", "-c", "echo $$; sleep 600 & sleep 600"),
-        Attached(local, run, "sh", "-c", "trap '' HUP; echo $$; sleep 600 & while :; do wait; done"),
+        Attached(
+            local, run, "sh", "-c", "trap '' HUP; echo $$; sleep 600 & while :; do wait; done"
+        ),
     ):
         assert os.read(spawned.output, 16)
         spawned.spawned.close()
@@ -223,7 +225,7 @@ def test_a_connection_is_opened_from_inside(local: Any) -> None:
     attached.finish()
     with pytest.raises(ConnectionRefusedError):
         local.engine.connect(run, "127.0.0.1", port)
-    with pytest.raises(OSError, match="No route|unreachable"):
+    with pytest.raises(OSError, match=r"No route|unreachable"):
         local.engine.connect(run, "203.0.113.9", 80)
     with socket.create_server(("127.0.0.1", 0)) as outside, pytest.raises(ConnectionRefusedError):
         local.engine.connect(run, "127.0.0.1", outside.getsockname()[1])
@@ -283,13 +285,15 @@ def test_a_large_folder_comes_whole(local: Any) -> None:
 def test_no_path_leads_out_and_no_file_makes_one_wait(local: Any) -> None:
     run = local.start()
     (local.root / "secret").write_text("of the data folder")
-    shell(local, run, f"ln -s {local.root}/secret out; ln -s /proc/1/root/etc/shadow up; mkfifo pipe")
+    shell(
+        local, run, f"ln -s {local.root}/secret out; ln -s /proc/1/root/etc/shadow up; mkfifo pipe"
+    )
     for path in ("out", "up", str(local.root / "secret"), "../../../../etc/shadow"):
-        with pytest.raises(OSError, match="No such file|denied"):
+        with pytest.raises(OSError, match=r"No such file|denied"):
             local.engine.file(run, "open", path, os.O_RDONLY, 0)
     for path in ("pipe", "/dev/zero", "/dev/tty", "/proc/self/mem", "/proc/self/environ"):
         began = time.monotonic()
-        with pytest.raises(OSError, match="denied|such device"):
+        with pytest.raises(OSError, match=r"denied|such device"):
             local.engine.file(run, "open", path, os.O_RDWR, 0)
         assert time.monotonic() - began < 1
     os.close(local.engine.file(run, "open", "/dev/null", os.O_RDWR, 0))
@@ -392,7 +396,9 @@ def test_r1_the_work_goes_on_to_the_last_moment_of_the_notice(local: Any, stubbo
 def test_sigterm_reaches_who_hides_from_the_process_group(local: Any) -> None:
     """Doubly forked, in a session of its own, and stopped: SIGTERM is for every process."""
     hidden = "trap 'echo hidden got it; exit' TERM; echo up; while :; do sleep 0.05; done"
-    run = local.start(f'(setsid sh -c "{hidden}" &); kill -STOP $$; sleep 600', stop_grace_seconds=3)
+    run = local.start(
+        f'(setsid sh -c "{hidden}" &); kill -STOP $$; sleep 600', stop_grace_seconds=3
+    )
     local.run_until(lambda: "up" in local.text(run), 5)
     local.engine.stop(run, grace_seconds=3, reason="user")
     seen = local.until_over(run, seconds=2)

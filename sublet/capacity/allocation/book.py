@@ -11,7 +11,7 @@ it in added.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from zlib import crc32
 
@@ -88,6 +88,9 @@ class Shelves:
         for claim in claims:
             chunks[crc32(claim.id.encode()) % CHUNKS][claim.id] = claim
         return cls(tuple(chunks), sum(map(len, chunks)))
+
+    def __repr__(self) -> str:
+        return f"Shelves({self._count} claims)"
 
     def __len__(self) -> int:
         return self._count
@@ -176,15 +179,15 @@ class PoolBook:
 
     pool_id: str
     generation: int
-    grid: Grid
-    supply: Counts
+    grid: Grid = field(repr=False)
+    supply: Counts = field(repr=False)
     head_room: int
     firm_shelf: int
     firm_shelf_until: datetime | None
-    nodes: Nodes | None
-    active: Counts
-    fixed: Counts
-    need: Counts
+    nodes: Nodes | None = field(repr=False)
+    active: Counts = field(repr=False)
+    fixed: Counts = field(repr=False)
+    need: Counts = field(repr=False)
     rolling: Rolling
     waiting: int
     claims: Shelves

@@ -233,6 +233,9 @@ def list_pinned(tx: Connection, pool_id: str) -> list[Claim]:
 
 
 def insert_placements(tx: Connection, rows: Sequence[Placement]) -> None:
+    """None to insert is no row: an empty list would become one row of defaults."""
+    if not rows:
+        return
     tx.execute(
         placements.insert(),
         [

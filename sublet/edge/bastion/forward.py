@@ -7,7 +7,6 @@ import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-import asyncssh
 from asyncssh.stream import SSHReader, SSHTCPStreamSession, SSHWriter
 
 from sublet.edge.bastion.descriptor import PIECE_BYTES
@@ -25,10 +24,6 @@ class Forward(SSHTCPStreamSession[bytes]):
         self._gone = asyncio.Event()
         self._socket = socket.socket(fileno=fd)
         self._socket.setblocking(False)
-
-    def connection_made(self, chan: asyncssh.SSHTCPChannel[bytes]) -> None:  # type: ignore[override]
-        super().connection_made(chan)
-        self._login.channels.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator
@@ -344,17 +345,20 @@ class Login(asyncssh.SSHServer):
 
     def session_requested(self) -> TenantSession:
         self._need_room()
-        return TenantSession(self)
+        session = TenantSession(self)
+        # Counted from the request on: a client may ask for many before the first is open.
+        self.channels.add(session)
+        return session
 
     def connection_requested(
         self, dest_host: str, dest_port: int, orig_host: str, orig_port: int
     ) -> tuple[asyncssh.SSHTCPChannel[bytes], Coroutine[Any, Any, Forward]]:
         self._need_room()
         channel = self._conn.create_tcp_channel(window=self.bastion.limits.window_bytes)
+        self.opening += 1
         return channel, self._connect(dest_host, dest_port)
 
     async def _connect(self, host: str, port: int) -> Forward:
-        self.opening += 1
         try:
             fd = await self.bastion.call(self.bastion.engine.connect, self.run_id, host, port)
         except (SubletError, OSError) as error:
@@ -362,7 +366,12 @@ class Login(asyncssh.SSHServer):
             raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, why) from error
         finally:
             self.opening -= 1
-        return Forward(self, fd)
+        if self._conn.is_closed():
+            os.close(fd)
+            raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, "the client is gone")
+        forward = Forward(self, fd)
+        self.channels.add(forward)
+        return forward
 
     def server_requested(self, listen_host: str, listen_port: int) -> bool:
         self.refused_remote_forwarding = NO_REMOTE_FORWARDING
@@ -372,13 +381,14 @@ class Login(asyncssh.SSHServer):
     # For the bastion and the sessions.
 
     def leave(self, reason: str) -> None:
-        """End this connection, saying why."""
-        sessions = [channel for channel in self.channels if isinstance(channel, TenantSession)]
-        # A client with a session may end at the close of its channel, before it reads the reason
-        # of the disconnect: so it is told there.
-        told = [session.write_line(f"sublet: {reason}") for session in sessions]
-        if any(told):
-            reason = "closed."
+        """End this connection, saying why.
+
+        Twice where a session is open: a client ends either at the close of its channel, before it
+        reads why it is disconnected, or at the disconnect, before it shows what the session said.
+        """
+        for channel in self.channels:
+            if isinstance(channel, TenantSession):
+                channel.write_line(f"sublet: {reason}")
         self._conn.disconnect(asyncssh.DISC_BY_APPLICATION, f"sublet: {reason}")
 
     def abort(self) -> None:

@@ -70,10 +70,6 @@ class TenantSession(SSHServerStreamSession[bytes]):
 
     # What asyncssh calls.
 
-    def connection_made(self, chan: asyncssh.SSHServerChannel[bytes]) -> None:  # type: ignore[override]
-        super().connection_made(chan)
-        self._login.channels.add(self)
-
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._login.channels.discard(self)
@@ -192,7 +188,7 @@ class TenantSession(SSHServerStreamSession[bytes]):
         env = _environment(chan.get_environment())
         term = chan.get_terminal_type()
         if term is not None:
-            env["TERM"] = term or "dumb"
+            env["TERM"] = term if term.isprintable() and term else "dumb"
             ends, inner = _open_terminal(chan)
             self._terminal = ends[0]
         else:

@@ -6,6 +6,7 @@ import fcntl
 import struct
 import termios
 from collections.abc import Mapping
+from contextlib import suppress
 
 TermSize = tuple[int, int, int, int]
 
@@ -61,7 +62,10 @@ def set_size(fd: int, size: TermSize) -> None:
 
 
 def set_modes(fd: int, modes: Mapping[int, int]) -> None:
-    """Take over the client's modes; those that Linux does not have are left out."""
+    """Take over the client's modes; those that Linux does not have are left out.
+
+    A courtesy: where the terminal refuses them, it keeps those it has.
+    """
     attributes = termios.tcgetattr(fd)
     characters = attributes[6]
     for code, value in modes.items():
@@ -70,4 +74,5 @@ def set_modes(fd: int, modes: Mapping[int, int]) -> None:
         elif code in _FLAGS:
             group, flag = _FLAGS[code]
             attributes[group] = attributes[group] | flag if value else attributes[group] & ~flag
-    termios.tcsetattr(fd, termios.TCSANOW, attributes)
+    with suppress(termios.error):
+        termios.tcsetattr(fd, termios.TCSANOW, attributes)

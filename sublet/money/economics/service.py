@@ -20,10 +20,14 @@ def statement(
 ) -> Statement:
     """The owner's statement of `[start, end)`, cut at `now`: what has not been is not counted.
 
-    Money counts when it was posted, device time and depreciation when it was. Raises Invalid on
+    It begins with the first device at the earliest: what the machine cost before is not this
+    cloud's. Money counts when it was posted, device time and depreciation when it was. Raises Invalid on
     a window that ends before it starts or lies wholly ahead.
     """
     end = min(end, now)
+    began = metering.find_beginning(tx)
+    if began is not None and began < end:
+        start = max(start, began)
     if end <= start:
         raise Invalid("The window ends after it starts, and begins in the past.", param="start")
     return compose(

@@ -328,6 +328,11 @@ def list_spans(tx: Connection, device_id: str) -> list[Span]:
     return store.list_spans(tx, device_id)
 
 
+def find_beginning(tx: Connection) -> datetime | None:
+    """When the first device's time began to be kept; None while there is none."""
+    return store.first_span_start(tx)
+
+
 def partition(
     tx: Connection,
     *,

@@ -215,6 +215,11 @@ def list_spans(tx: Connection, device_id: str) -> list[Span]:
     return [_span(row) for row in rows]
 
 
+def first_span_start(tx: Connection) -> datetime | None:
+    found: datetime | None = tx.execute(sa.select(sa.func.min(spans.c.starts_at))).scalar()
+    return found
+
+
 def sum_spans(
     tx: Connection, start: datetime, end: datetime, device_ids: Collection[str] | None
 ) -> dict[str, int]:

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from datetime import datetime, timedelta
 from typing import Any
 
+import structlog
+
 from sublet.base.kernel.interval import floor_ms
 from sublet.base.store import Work
 from sublet.capacity import allocation, fleet
@@ -30,6 +32,8 @@ from sublet.shops.compute.model import (
 )
 from sublet.shops.compute.reconcile import End, Terminating, outcome
 from sublet.shops.compute.states import TERMINAL, State, Step, next_state
+
+log = structlog.get_logger()
 
 RUNWAY = timedelta(hours=1)
 """How far ahead the owner's own runs may go without hearing from us; sold runs go as far as they
@@ -125,9 +129,13 @@ def intend(work: Work, workload: Workload) -> Run | None:
 
 
 def first_runway(work: Work, workload: Workload) -> datetime:
-    """How far the run is paid at its start: as long as its hold stands."""
+    """How far the run is paid at its start: as long as its hold stands, less the scrub, so that a
+    SIGTERM that comes a moment late is still paid for."""
     hold = ledger.find_hold(work.tx, workload.id)
-    return work.now + RUNWAY if hold is None else hold.expires_at
+    if hold is None:
+        return work.now + RUNWAY
+    scrub = timedelta(seconds=fleet.get_pool(work.tx, workload.pool_id).scrub_seconds)
+    return hold.expires_at - scrub
 
 
 def adopted(work: Work, run_id: str) -> None:
@@ -238,6 +246,10 @@ def noticed(work: Work, event: allocation.ClaimNoticed) -> None:
     if run.state in (RunState.INTENDED, RunState.STARTING):
         _end_before_opening(work, run, reason)
     elif run.state is RunState.RUNNING and run.t0 is None:
+        # What is promised is paid for first: the hold reaches past the grace, and so the runway.
+        grace_over = event.term_at + timedelta(seconds=run.stop_grace_seconds)
+        if run.contract_id is not None and not market.cover(work, run.contract_id, event.free_by):
+            log.warning("notice_not_covered", run_id=run.id, free_by=str(event.free_by))
         store.update_run(
             work,
             run,
@@ -245,6 +257,7 @@ def noticed(work: Work, event: allocation.ClaimNoticed) -> None:
             term_at=event.term_at,
             notice_reason=reason,
             published_at=None,
+            runway_until=max(run.runway_until, grace_over),
         )
         workload = store.get_workload(work.tx, run.workload_id)
         move(work, workload, Step.NOTICED, reason=reason)

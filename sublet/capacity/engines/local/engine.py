@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +181,8 @@ class LocalEngine:
             raise StartRefused(f"run {holder} still holds what run {spec.run_id} needs")
         home = self._root / "homes" / spec.home
         scratch = self._root / "scratch" / spec.run_id
-        plan = self._rules.plan(
+        rules = self._proven_rules()
+        plan = rules.plan(
             spec, self._hardware(), clock=self._clock, home=str(home), scratch=str(scratch)
         )
         try:
@@ -192,7 +193,14 @@ class LocalEngine:
                     os.chown(path, uid, uid, follow_symlinks=False)
         except (OSError, ValueError) as error:
             raise EngineError(f"home and scratch cannot be prepared: {error}") from error
-        return self._rules.owned_by(plan, uid)
+        return rules.owned_by(plan, uid)
+
+    def _proven_rules(self) -> planning.Rules:
+        """A way out that the probes did not find open, or not shut to the host, is not used."""
+        kept = probes.find_kept(self._root, self._clock, self._rules)
+        if kept is None or kept.is_outbound_shut:
+            return self._rules
+        return dataclasses.replace(self._rules, outbound="none")
 
     def _holders(self, spec: StartSpec) -> Iterator[str]:
         """Live runs with the same workload, home or device: a last guard, not admission."""
@@ -263,8 +271,10 @@ class LocalEngine:
     # -- orders
 
     def notice(self, run_id: str, notice: Notice) -> datetime:
-        at_ns = self._clock.to_boot_ns(notice.term_at)
-        shown = self._clock.from_boot_ns(at_ns).isoformat(timespec="milliseconds")
+        # By duration, not by instant: while the clock is slewed an hour of it is not an hour.
+        lead = notice.term_at - self._clock.now()
+        at_ns = self._clock.boot_ns() + lead // timedelta(microseconds=1) * 1000
+        shown = notice.term_at.isoformat(timespec="milliseconds")
         order = {
             "op": "notice",
             "at_ns": at_ns,

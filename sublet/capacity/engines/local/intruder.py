@@ -144,13 +144,13 @@ def make_namespace() -> str:
 def bomb(given: dict[str, Any]) -> dict[str, Any]:
     """Fork until refused, or clearly past the limit."""
     children: list[int] = []
-    refused = None
+    refused: str | None = None
     read_end, write_end = os.pipe()
     while len(children) < given["most"]:
         try:
             pid = os.fork()
         except OSError as error:
-            refused = error.errno
+            refused = errno.errorcode.get(error.errno or 0, "refused")
             break
         if pid == 0:
             os.close(write_end)
@@ -160,7 +160,7 @@ def bomb(given: dict[str, Any]) -> dict[str, Any]:
     os.close(write_end)
     for pid in children:
         os.waitpid(pid, 0)
-    return {"forked": len(children), "refused": errno.errorcode.get(refused or 0)}
+    return {"forked": len(children), "refused": refused}
 
 
 def memory(given: dict[str, Any]) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def cpu(given: dict[str, Any]) -> dict[str, Any]:
         os.sched_setaffinity(0, range(given["host_cpus"]))
         widened = "asked"
     except OSError as error:
-        widened = errno.errorcode.get(error.errno, "refused")
+        widened = errno.errorcode.get(error.errno or 0, "refused")
     allowed = len(os.sched_getaffinity(0))
     begin = time.monotonic()
     children: list[int] = []

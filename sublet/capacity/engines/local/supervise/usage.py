@@ -93,6 +93,19 @@ def carrying(mark_of_run: str) -> list[int]:
     return found
 
 
+def _proportional_bytes(process: Process) -> int:
+    """Memory that is the process's own, and its part of what it shares; files on disk are not."""
+    try:
+        with open(f"/proc/{process.pid}/smaps_rollup", "rb") as source:
+            rows = [line.split() for line in source.read().splitlines()]
+    except OSError:
+        return process.resident_bytes
+    found = {words[0]: int(words[1]) << 10 for words in rows if words[-1] == b"kB"}
+    if b"Pss_Anon:" in found:
+        return found[b"Pss_Anon:"] + found.get(b"Pss_Shmem:", 0)
+    return found.get(b"Pss:", process.resident_bytes)
+
+
 class Meter:
     """CPU and memory of one run. The figures of CPU time never go down."""
 
@@ -114,9 +127,21 @@ class Meter:
             if cpu_ms is None:
                 cpu_ms = sum(process.cpu_ms for process in below)
             if memory is None:
-                memory = sum(process.resident_bytes for process in below) + self._in_memory_files()
+                memory = self._count_memory(below)
         self._raise_cpu(cpu_ms or 0)
         self.memory_bytes = memory or 0
+
+    def _count_memory(self, below: list[Process]) -> int:
+        """Pages that processes share are counted once, but only where that could matter.
+
+        Adding up what is resident is cheap and counts a page as often as it is mapped, so it
+        never says too little; only what it says is too much is looked at closely.
+        """
+        files = self._in_memory_files()
+        resident = sum(process.resident_bytes for process in below) + files
+        if resident <= self._plan.memory_bytes:
+            return resident
+        return sum(_proportional_bytes(process) for process in below) + files
 
     def add_waited(self, cpu_ms: int) -> None:
         """What the kernel says of a whole tree when its root has been waited for."""
