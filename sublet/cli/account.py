@@ -78,7 +78,7 @@ def signup(
     """Sign up: an organisation, a key shown once, and a trial credit."""
     from sublet.base.wire import rest as shapes
 
-    with client() as cloud:
+    with client(needs_key=False) as cloud:
         found = cloud.sign_up(shapes.SignUpCreate(email=email, organisation_name=organisation))
     url = profile.load().url
     if save:

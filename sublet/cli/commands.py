@@ -56,11 +56,15 @@ def command(
 
 
 @contextmanager
-def client(*, quiet: bool = False) -> Iterator[Client]:
+def client(*, quiet: bool = False, needs_key: bool = True) -> Iterator[Client]:
     """The cloud that environment or profile name; a line appears when it takes over a second."""
     from sublet.sdk import Client
 
     chosen = profile.load()
+    if chosen.key is None and needs_key:
+        raise CliError(
+            "no key is named: set SUBLET_KEY to yours, or sign up with `sublet signup --save`."
+        )
     with Client(chosen.url, chosen.key) as found:
         if quiet:
             yield found

@@ -26,7 +26,7 @@ def load() -> Profile:
     """The cloud to talk to. Raises CliError where nothing names one."""
     saved = _saved()
     url = os.environ.get("SUBLET_URL") or (saved.url if saved else None)
-    key = os.environ.get("SUBLET_KEY")
+    key = os.environ.get("SUBLET_KEY") or None
     if key is None and saved and url == saved.url:
         # A saved key is for its own cloud: it is not sent to another address.
         key = saved.key

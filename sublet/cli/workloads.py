@@ -281,14 +281,19 @@ def stop(word: Named, yes: Yes = False, as_json: Json = False) -> None:
         found = find_workload(cloud, word)
         if found.kind == "job":
             raise UsageError(f"a job is ended with `sublet terminate {word}`.")
-        confirm(f"{found.name or found.id}: stop it? Its devices go, its home stays.", yes=yes)
+        price = found.stopped_costs_per_hour
+        cost = values.an_hour(price.micros, price.currency)
+        confirm(
+            f"{found.name or found.id}: stop it? Its devices go, its home stays; "
+            f"stopped it costs {cost}.",
+            yes=yes,
+        )
         done = cloud.instances.stop(found.id)
     if as_json:
         show_json(done)
         return
     _show_state(done.workload, as_json)
-    cost = values.an_hour(done.still_costs_per_hour.micros, done.still_costs_per_hour.currency)
-    show(f"  stopped it costs {cost}: {done.explanation}")
+    show(f"  {done.explanation}")
 
 
 def start(

@@ -108,7 +108,7 @@ class World:
         self._look = look
         self._lag = lag_seconds
         self._audit_every = audit_every
-        self._commits = 0
+        self.commits = 0
         self._audited_at_commit = 0
         self._folder = None if path else tempfile.TemporaryDirectory(prefix="rehearsal-")
         self._path = path or Path(self._folder.name if self._folder else ".")
@@ -137,7 +137,7 @@ class World:
     def _committed(self, connection: Connection) -> None:
         """Count commits that changed a row; the auditor need not look after the others."""
         if _changes(connection) != connection.info["changes_before"]:
-            self._commits += 1
+            self.commits += 1
 
     def _set_up(
         self, rate_card: str | None, head_room_percent: int | None, scrub_seconds: int | None
@@ -223,7 +223,7 @@ class World:
         return True
 
     def _step_loop(self) -> None:
-        before = self._commits
+        before = self.commits
         self.steps += 1
         try:
             name = self.schedule.step()
@@ -238,9 +238,9 @@ class World:
                 error,
             )
         else:
-            if self._commits > before:
-                self.note(f"{name} ({self._commits - before} commits)")
-        if self._commits - self._audited_at_commit >= self._audit_every:
+            if self.commits > before:
+                self.note(f"{name} ({self.commits - before} commits)")
+        if self.commits - self._audited_at_commit >= self._audit_every:
             self.audit()
 
     # ---- watching ---------------------------------------------------------------------------
@@ -258,7 +258,7 @@ class World:
 
     def audit(self) -> None:
         """Raise Broken unless every invariant holds now."""
-        self._audited_at_commit = self._commits
+        self._audited_at_commit = self.commits
         self.audits += 1
         with self.store.read() as tx:
             found = check(tx, self.now)

@@ -328,6 +328,10 @@ def test_no_cloud_named_and_no_cloud_there(run: Run, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("sublet.sdk.transport.PAUSES_SECONDS", (0.0, 0.0, 0.0))
     done = run("ls")
     assert done.code == 1
+    assert "SUBLET_KEY" in done.err
+    monkeypatch.setenv("SUBLET_KEY", "sk_somebody")
+    done = run("ls")
+    assert done.code == 1
     assert "no answer from http://127.0.0.1:1" in done.err
     assert "sublet up" in done.err
 

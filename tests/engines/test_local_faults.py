@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -41,11 +42,13 @@ def processes_of(local: Any, run_id: str) -> list[int]:
     return usage.carrying(plan.mark)
 
 
-def test_with_its_supervisor_killed_the_sandbox_goes_and_the_bill_ends_at_the_last_evidence(
-    local: Any,
+@pytest.mark.parametrize("without", [(), ("bubblewrap",), ("bubblewrap", "cgroup")])
+def test_with_its_supervisor_killed_the_workload_goes_and_the_bill_ends_at_the_last_evidence(
+    make_local: Any, without: tuple[str, ...]
 ) -> None:
+    local = make_local(trusted=True, without=frozenset(without))
     run = local.start("sleep 600 & setsid sleep 600 & wait", outbound=True)
-    assert len(processes_of(local, run)) >= 4
+    assert len(processes_of(local, run)) >= 4  # with the init, the shell and both sleepers
     time.sleep(0.3)
     os.kill(supervisor_of(local, run), signal.SIGKILL)
     killed_at = local.now()
@@ -298,3 +301,21 @@ def test_what_is_left_of_a_run_is_found_and_ended_by_the_scrub(local: Any) -> No
     finally:
         left.kill()
     assert left.wait() == -signal.SIGKILL
+
+
+def test_a_run_that_holds_more_than_its_share_of_a_nearly_full_disk_is_warned_once(
+    local: Any,
+) -> None:
+    run = local.start("head -c 500000 /dev/zero > f")
+    local.until_over(run)
+    plan = records.read_plan(str(local.folder(run)))
+    short = dataclasses.replace(plan, disk_reserve_bytes=1 << 60, disk_share_bytes=100_000)
+    watch = usage.DiskWatch(short, str(local.folder(run)))
+    assert "nearly full" in watch.step()
+    assert watch.step() is None
+    assert watch.excess is None
+    for calm in (
+        dataclasses.replace(short, disk_share_bytes=1 << 30),
+        dataclasses.replace(short, disk_reserve_bytes=0),
+    ):
+        assert usage.DiskWatch(calm, str(local.folder(run))).step() is None

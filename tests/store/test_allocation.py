@@ -412,9 +412,9 @@ def test_work_inside_a_recall_holds_its_devices_and_adds_no_need(store: Store) -
 def test_a_recall_given_back_leaves_alone_what_still_waits_inside_it(store: Store) -> None:
     pool_id = a_pool(store, 2)
     with store.work(SYSTEM) as work:
-        recall = allocation.file_first_party(work, a_need(work, pool_id, 2))
+        recall = allocation.file_first_party(work, an_owner_claim(work, pool_id, 2))
         waiting = allocation.file_first_party(
-            work, replace(a_need(work, pool_id, 1), parent_claim_id=recall.id)
+            work, an_owner_claim(work, pool_id, 1, parent=recall.id)
         )
         assert allocation.release_around(work, recall.id) == frozenset()
         assert allocation.get_claim(work.tx, waiting.id).parent_claim_id is None

@@ -25,6 +25,8 @@ outbox = sa.Table(
     sqlite_autoincrement=True,
 )
 
+_TELL = outbox.insert()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Actor:
@@ -70,9 +72,7 @@ class Work:
 
     def emit(self, event: Event) -> None:
         """Tell the packages above; the row commits with the Work."""
-        self.tx.execute(
-            outbox.insert(), {"kind": event.kind, "payload": event.payload(), "at": self.now}
-        )
+        self.tx.execute(_TELL, {"kind": event.kind, "payload": event.payload(), "at": self.now})
         self.emitted.append(event)
 
     def acting(self, actor: Actor) -> Work:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sublet.capacity.allocation.book import (
     FRACTION,
@@ -77,6 +78,9 @@ def _moved(claim: Claim, *, to: datetime) -> Claim:
     return replace(claim, starts_at=to, release=release)
 
 
+Flags = NDArray[np.bool_]
+
+
 class _Room:
     """What one sale finds in one book, ready to be asked about many starts."""
 
@@ -98,7 +102,8 @@ class _Room:
         taken = self.hard.sum(axis=0, dtype=np.int32)
         self.near: Counts = book.supply - need - np.int32(book.head_room) - taken
         self.far: Counts = np.minimum(self.near, book.shelf() - taken)
-        self.equals: Counts = book.supply - book.active[:, rank].sum(axis=0, dtype=np.int32)
+        equals = book.active[:, rank].sum(axis=0, dtype=np.int32)
+        self.equals_fit: Flags = book.supply - equals >= self.size
 
     def lock_end(self, start: datetime) -> datetime:
         """The end of its lock if it starts then."""
@@ -113,76 +118,60 @@ class _Room:
         end = None if self.length is None else start + self.length + self.stop
         return self.book.grid.span(start, end)
 
-    def beyond(self, start: datetime, clock: datetime) -> int:
-        """The first bucket that the owner's forecast does not vouch for at `clock`.
+    def beyond(self, end: datetime, clock: datetime) -> int:
+        """The first bucket of a lock up to `end` that the owner's need is not known for at `clock`.
 
         Asked about a later clock, a coarse bucket counts as beyond if any part of it may be.
         """
         grid = self.book.grid
         vouched = clock + VOUCHED
-        if clock == self.now or self.lock_end(start) <= vouched:
-            return grid.stop(vouched) if clock == self.now else len(grid)
-        return grid.index(vouched)
+        if clock == self.now:
+            return grid.stop(vouched)
+        return len(grid) if end <= vouched else grid.index(vouched)
 
-    def hard_passes(self, start: datetime, clock: datetime) -> bool:
-        """(1) and (2) as if no lower rank were there."""
-        grid = self.book.grid
-        first, stop = grid.span(start, self.lock_end(start))
-        _, last = self.span(start)
-        beyond = min(max(self.beyond(start, clock), first), stop)
-        size = self.size
-        if (self.near[first:beyond] < size).any() or (self.far[beyond:stop] < size).any():
-            return False
-        if (self.equals[stop:last] < size).any():
-            return False
-        if self.book.waiting and first == grid.index(clock):
-            room = self.near[first] - self.book.waiting
-            if room < size:
-                return False
-        return self.nodes_pass(first, stop, self.hard)
+    def flags(
+        self, end: datetime, clock: datetime, soft: Counts | None, *, low: int, high: int
+    ) -> Flags:
+        """For buckets `[low, high)`: is there room beside equals and higher, and `soft` if given."""
+        beyond = min(max(self.beyond(end, clock), low), high)
+        room = np.concatenate((self.near[low:beyond], self.far[beyond:high]))
+        if soft is not None:
+            room -= soft[0, low:high] + soft[1, low:high]
+        if self.book.waiting and low <= self.book.grid.index(clock) < high:
+            room[self.book.grid.index(clock) - low] -= self.book.waiting
+        found: Flags = room >= self.size
+        if self.book.nodes is not None:
+            locked = self.hard if soft is None else self.hard + soft
+            found &= self.nodes_pass(self.book.nodes, locked)[low:high]
+        return found
 
-    def soft(self, clock: datetime) -> Counts:
-        """Per node set, what lower ranks lock at `clock`."""
+    def nodes_pass(self, nodes: Nodes, locked: Counts) -> Flags:
+        """Per bucket, whether whole and fraction nodes together are no more than there are."""
+        held = locked + self.book.need
+        held[WHOLE if self.claim.whole_node else FRACTION] += self.size
+        by_count = -(-np.maximum(held[FRACTION] - nodes.broken_devices, 0) // nodes.size)
+        # A fraction node stays one as long as anything is on it, however little.
+        begun = np.minimum(nodes.fractions, self.book.active[FRACTION].sum(axis=0))
+        found: Flags = held[WHOLE] // nodes.size + np.maximum(by_count, begun) <= nodes.whole
+        return found
+
+    def soft(self, clock: datetime) -> Counts | None:
+        """Per node set, what lower ranks lock at `clock`; None: nothing."""
+        if not self.soft_rolling and not self.soft_fixed.any():
+            return None
         soft = self.soft_fixed.copy()
         for (node_set, _, lead), size in self.soft_rolling:
             soft[node_set, : max(self.book.grid.stop(clock + lead), 1)] += size
         return soft
 
-    def passes(self, start: datetime, clock: datetime) -> bool:
-        """(1) and (2), lower ranks to their free-by."""
-        if not self.hard_passes(start, clock):
-            return False
-        if not self.soft_rolling and not self.soft_fixed.any():
-            return True
+    def passes(self, start: datetime, clock: datetime, soft: Counts | None, *, since: int) -> bool:
+        """(1) and (2) for this start; from bucket `since` on, where it could have begun before."""
         grid = self.book.grid
-        first, stop = grid.span(start, self.lock_end(start))
-        soft = self.soft(clock)
-        total = soft[:, first:stop].sum(axis=0, dtype=np.int32)
-        beyond = min(max(self.beyond(start, clock), first), stop) - first
-        size = self.size
-        if (self.near[first:stop] - total < size)[:beyond].any():
-            return False
-        if (self.far[first:stop] - total < size)[beyond:].any():
-            return False
-        if self.book.waiting and first == grid.index(clock):
-            room = self.near[first] - self.book.waiting - total[0]
-            if room < size:
-                return False
-        return self.nodes_pass(first, stop, self.hard + soft)
-
-    def nodes_pass(self, first: int, stop: int, locked: Counts) -> bool:
-        """Whether whole nodes and fraction nodes together are no more than there are."""
-        nodes = self.book.nodes
-        if nodes is None:
-            return True
-        held = locked[:, first:stop] + self.book.need[:, first:stop]
-        held[WHOLE if self.claim.whole_node else FRACTION] += self.size
-        fractions = held[FRACTION] - nodes.broken_devices
-        by_count = -(-np.maximum(fractions, 0) // nodes.size)
-        # A fraction node stays one as long as anything is on it, however little.
-        begun = np.minimum(nodes.fractions, self.book.active[FRACTION, :, first:stop].sum(axis=0))
-        taken = held[WHOLE] // nodes.size + np.maximum(by_count, begun)
-        return bool((taken <= nodes.whole).all())
+        end = self.lock_end(start)
+        _, stop = grid.span(start, end)
+        _, last = self.span(start)
+        room = self.flags(end, clock, soft, low=since, high=stop)
+        return bool(room.all()) and bool(self.equals_fit[stop:last].all())
 
     def units_free(self, start: datetime, clock: datetime) -> bool:
         """(3) where there are many nodes: its units are together, now or for certain then."""
@@ -207,22 +196,45 @@ class _Room:
 
     def start(self, asked: datetime, *, clock: datetime, is_dated: bool) -> datetime | None:
         """When it can start if it is asked for at `clock`: then, or once lower ranks are gone."""
-        if is_dated:
-            return asked if self.passes(asked, clock) else None
-        if not self.units_free(asked, clock):
-            return None
         grid = self.book.grid
-        for start in (asked, *grid.edges[grid.index(asked) + 1 :]):
-            if not self.hard_passes(start, clock):
+        since = grid.index(asked)
+        if not self.passes(asked, clock, None, since=since):
+            return None
+        if not is_dated and not self.units_free(asked, clock):
+            return None
+        soft = self.soft(clock)
+        if soft is None or self.passes(asked, clock, soft, since=since):
+            return asked
+        if is_dated:
+            return None
+        return self._start_after_lower(asked, clock, soft)
+
+    def _start_after_lower(self, asked: datetime, clock: datetime, soft: Counts) -> datetime | None:
+        """The first later start that passes, as long as nothing but lower ranks stands between."""
+        grid = self.book.grid
+        since = grid.index(asked)
+        start = asked
+        for _ in range(len(grid)):
+            end = self.lock_end(start)
+            first, stop = grid.span(start, end)
+            room = self.flags(end, clock, soft, low=0, high=len(grid))
+            blocked = np.flatnonzero(~room[first:stop])
+            if not blocked.size:
+                return start if self.passes(start, clock, None, since=since) else None
+            # Every start up to the last blocked bucket has that bucket in its lock.
+            after = first + int(blocked[-1]) + 1
+            open_again = np.flatnonzero(room[after:])
+            if not open_again.size:
                 return None
-            if self.passes(start, clock):
-                return start
+            start = grid.edges[after + int(open_again[0])]
+            if not self.passes(start, clock, None, since=since):
+                return None
         return None
 
     def earliest(self) -> datetime | None:
         """The first edge of the grid at which it would be admitted if all else stayed as it is."""
         grid = self.book.grid
-        if self.length is None and self.equals[-1] < self.size:
+        if self.length is None and not self.equals_fit[-1]:
             return None
         from_bucket = grid.index(self.claim.starts_at) + 1
         hopeful = np.flatnonzero(self.near[from_bucket:] >= self.size) + from_bucket
@@ -255,17 +267,17 @@ def _reason(room: _Room) -> RefusalReason:
     first, stop = grid.span(start, room.lock_end(start))
     _, last = room.span(start)
     sold = room.hard[:, first:stop].sum(axis=0)
-    if (book.supply[first:stop] - sold < size).any() or (room.equals[stop:last] < size).any():
+    if (book.supply[first:stop] - sold < size).any() or not room.equals_fit[stop:last].all():
         return RefusalReason.SOLD
     waiting = book.waiting if first == 0 else 0
     if (room.near[first:stop] < size).any() or room.near[first] - waiting < size:
         return RefusalReason.OWNER_NEED
-    if not room.hard_passes(start, room.now) and room.nodes_pass(first, stop, room.hard):
+    if book.nodes is not None:
+        together = room.nodes_pass(book.nodes, room.hard)[first:stop].all()
+        if not together or not room.units_free(start, room.now):
+            return RefusalReason.NODES
+    if not room.passes(start, room.now, None, since=first):
         return RefusalReason.FIRM_SHELF
-    if book.nodes is not None and not room.nodes_pass(first, stop, room.hard):
-        return RefusalReason.NODES
-    if not room.units_free(start, room.now):
-        return RefusalReason.NODES
     return RefusalReason.SOLD
 
 

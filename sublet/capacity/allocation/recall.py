@@ -7,11 +7,12 @@ counts as freed at its free-by and is never chosen again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sublet.capacity.allocation.book import PoolBook
 from sublet.capacity.allocation.grid import SLOT, slot_of
@@ -376,19 +377,35 @@ class _Supply:
                 del self.picked[claim_id]
 
     def rows(self, target: int, by: datetime) -> tuple[Row, ...]:
-        """What the picks and time itself deliver up to `by`, in order of time."""
-        lasting = np.minimum.accumulate(self.free[::-1])[::-1]
+        """What the picks and time itself deliver up to `by`, in order of time.
+
+        A row counts only what lasts without the victims of later rows, so that it holds alone. A
+        victim that gives nothing by itself yet stands in the row that it helps to last.
+        """
+        coming: dict[int, list[str]] = {}
+        free = self.free.copy()
+        for claim_id, option in self.picked.items():
+            free[self._extent(claim_id, option.free_by)] -= self.able[claim_id][0].size
+            coming.setdefault(self.place[option.free_by], []).append(claim_id)
+        lasting = _lasting(free)
         rows: list[Row] = []
         have = 0
+        waiting: list[Victim] = []
         for i, at in enumerate(self.times):
             if at > by:
                 break
-            victims = [self._victim(c, o) for c, o in self.picked.items() if o.free_by == at]
-            gained = max(min(int(lasting[i]), target) - have, 0)
-            if not gained and not victims:
-                continue
-            rows.extend(_rows_at(at, gained, victims))
-            have += gained
+            for claim_id in coming.get(i, ()):
+                option = self.picked[claim_id]
+                free[self._extent(claim_id, option.free_by)] += self.able[claim_id][0].size
+                waiting.append(self._victim(claim_id, option))
+            if i in coming:
+                lasting = _lasting(free)
+            gained = min(int(lasting[i]), target) - have
+            if gained > 0:
+                rows.extend(_rows_at(at, gained, waiting))
+                have += gained
+                waiting = []
+        assert not waiting, "no victim leaves for nothing"
         return tuple(rows)
 
     def _victim(self, claim_id: str, option: _Option) -> Victim:
@@ -407,11 +424,20 @@ class _Supply:
         )
 
 
-def _rows_at(at: datetime, gained: int, victims: Sequence[Victim]) -> Iterable[Row]:
-    """The rows of one instant: first what needs nobody's end, then one per notice."""
+def _lasting(free: NDArray[np.int64]) -> NDArray[np.int64]:
+    """At each instant, what is free from there on for good."""
+    return np.minimum.accumulate(free[::-1])[::-1]
+
+
+def _rows_at(at: datetime, gained: int, victims: Sequence[Victim]) -> list[Row]:
+    """The rows of one instant: first what needs nobody's end, then one per notice.
+
+    Victims that leave so that others' devices last are in a row with those: none is empty.
+    """
+    rows: list[Row] = []
     from_victims = sum(victim.devices for victim in victims)
     if gained > from_victims:
-        yield Row(devices=gained - from_victims, free_by=at)
+        rows.append(Row(devices=gained - from_victims, free_by=at))
         gained = from_victims
     groups: dict[tuple[datetime, datetime], list[Victim]] = {}
     for victim in victims:
@@ -419,13 +445,23 @@ def _rows_at(at: datetime, gained: int, victims: Sequence[Victim]) -> Iterable[R
     for (notice_at, term_at), group in sorted(groups.items()):
         devices = min(sum(victim.devices for victim in group), gained)
         gained -= devices
-        yield Row(
-            devices=devices,
-            free_by=at,
-            notice_at=notice_at,
-            term_at=term_at,
-            victims=tuple(sorted(group, key=lambda victim: victim.claim_id)),
+        if devices == 0:
+            rows[-1] = replace(rows[-1], victims=_by_claim([*rows[-1].victims, *group]))
+            continue
+        rows.append(
+            Row(
+                devices=devices,
+                free_by=at,
+                notice_at=notice_at,
+                term_at=term_at,
+                victims=_by_claim(group),
+            )
         )
+    return rows
+
+
+def _by_claim(victims: Sequence[Victim]) -> tuple[Victim, ...]:
+    return tuple(sorted(victims, key=lambda victim: victim.claim_id))
 
 
 def _shortfall(supply: _Supply, deficit: int, have: int) -> PlanShortfall:

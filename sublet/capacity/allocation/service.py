@@ -228,8 +228,9 @@ def release_around(work: Work, claim_id: str) -> frozenset[str]:
 
 def _restore_displaced(work: Work, gone: Claim) -> None:
     """Withdraw the notices that were given for a claim that is no more."""
-    for victim in sorted(_open(work, gone.pool_id).claims, key=lambda c: c.id):
-        if victim.displaced_by != gone.id or victim.term_at is None or victim.term_at <= work.now:
+    left_for = [c for c in _open(work, gone.pool_id).claims if c.displaced_by == gone.id]
+    for victim in sorted(left_for, key=lambda c: c.id):
+        if victim.term_at is None or victim.term_at <= work.now:
             continue
         book = _open(work, gone.pool_id).without(victim.id)
         free_again = replace(

@@ -86,14 +86,11 @@ def post(
 
 
 def _move(work: Work, name: str, amount: Money, organisation_id: str) -> None:
-    accounts = store.accounts.c
-    guard = accounts.currency == amount.currency
-    if is_prepaid(name) and amount.micros < 0:
-        guard &= accounts.balance_micros >= -amount.micros
-    if store.change_account(work.tx, name, balance_micros=amount.micros, guard=guard):
+    is_spending = is_prepaid(name) and amount.micros < 0
+    if store.move(work.tx, name, amount, from_balance=is_spending):
         return
     found = store.find_account(work.tx, name)
-    if found is None and not (is_prepaid(name) and amount.micros < 0):
+    if found is None and not is_spending:
         owner = organisation_id if is_organisations(name) else None
         store.insert_account(work.tx, name, owner, amount.currency, amount.micros)
         return
@@ -163,7 +160,7 @@ def resize_hold(work: Work, hold_id: str, *, amount: Money, expires_at: datetime
     """
     if amount.micros < 0:
         raise ValueError("a hold is not negative")
-    known = store.find_hold(work.tx, store.holds.c.id == hold_id)
+    known = store.find_hold(work.tx, hold_id)
     if known is None:
         raise HoldNotFound(hold_id=hold_id)
     if known.state is not HoldState.OPEN:
@@ -183,10 +180,7 @@ def resize_hold(work: Work, hold_id: str, *, amount: Money, expires_at: datetime
 
 def _tie(work: Work, account: str, more: Money) -> None:
     """Change what is held of an account; `more` may be negative. The account stays locked."""
-    accounts = store.accounts.c
-    covered = accounts.balance_micros - accounts.held_micros >= more.micros
-    guard = covered & (accounts.currency == more.currency)
-    if store.change_account(work.tx, account, held_micros=more.micros, guard=guard):
+    if store.tie(work.tx, account, more):
         return
     found = store.find_account(work.tx, account)
     if found is None:
@@ -197,12 +191,12 @@ def _tie(work: Work, account: str, more: Money) -> None:
 
 def release_hold(work: Work, hold_id: str) -> Hold:
     """Free what is held. Releasing twice is releasing once; raises HoldNotFound."""
-    known = store.find_hold(work.tx, store.holds.c.id == hold_id)
+    known = store.find_hold(work.tx, hold_id)
     if known is None:
         raise HoldNotFound(hold_id=hold_id)
     if known.state is HoldState.RELEASED:
         return known
-    done = store.change_account(work.tx, known.account, held_micros=-known.amount_micros)
+    done = store.untie(work.tx, known.account, known.amount)
     assert done, "a hold has an account"
     released = dataclasses.replace(known, state=HoldState.RELEASED, version=known.version + 1)
     store.update_hold(work.tx, released)
@@ -221,9 +215,7 @@ def lapse(work: Work, now: datetime, keep: Collection[str]) -> list[Hold]:
 
 def find_hold(tx: Connection, subject: str) -> Hold | None:
     """The open hold of this subject."""
-    return store.find_hold(
-        tx, store.holds.c.subject == subject, store.holds.c.state == HoldState.OPEN
-    )
+    return store.find_open_hold(tx, subject)
 
 
 def list_holds(tx: Connection, organisation_id: str) -> list[Hold]:
@@ -243,13 +235,12 @@ def available(tx: Connection, organisation_id: str) -> Money:
     return Money(0) if found is None else found[0] - found[1]
 
 
-def posted(tx: Connection, contract_id: str, kind: str) -> Money:
-    """What a contract was charged under a kind: charges less what was given back.
+def posted(tx: Connection, contract_id: str, *kinds: str) -> Money:
+    """What a contract was charged under these kinds: charges less what was given back.
 
     Negative for a kind that only gives back, such as interruption credits.
     """
-    transfers = store.transfers.c
-    return Money(store.charged(tx, transfers.contract_id == contract_id, transfers.kind == kind))
+    return Money(store.charged_under(tx, contract_id, kinds))
 
 
 def spent(

@@ -6,6 +6,7 @@ same after a year as on the first day. The UPDATE that changes it takes the acco
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -87,24 +88,44 @@ holds = sa.Table(
 )
 
 
-def change_account(
-    tx: Connection,
-    name: str,
-    *,
-    balance_micros: int = 0,
-    held_micros: int = 0,
-    guard: sa.ColumnElement[bool] | None = None,
-) -> bool:
-    """Lock and change one account; False if it is not there or the guard does not hold."""
-    statement = accounts.update().where(accounts.c.name == name)
-    if guard is not None:
-        statement = statement.where(guard)
-    changed = tx.execute(
-        statement.values(
-            balance_micros=accounts.c.balance_micros + balance_micros,
-            held_micros=accounts.c.held_micros + held_micros,
-        )
+# What every rent runs is built once: building a statement costs more than running it.
+_CHANGE = (
+    accounts.update()
+    .where(accounts.c.name == sa.bindparam("account"), accounts.c.currency == sa.bindparam("unit"))
+    .values(
+        balance_micros=accounts.c.balance_micros + sa.bindparam("more_balance"),
+        held_micros=accounts.c.held_micros + sa.bindparam("more_held"),
     )
+)
+_CHANGE_IF_BALANCE = _CHANGE.where(accounts.c.balance_micros >= sa.bindparam("least"))
+_CHANGE_IF_FREE = _CHANGE.where(
+    accounts.c.balance_micros - accounts.c.held_micros >= sa.bindparam("least")
+)
+
+
+def move(tx: Connection, name: str, more: Money, *, from_balance: bool = False) -> bool:
+    """Lock an account and change its balance. False, and nothing changed: it is not there or in
+    another currency, or `from_balance` and its balance is too small."""
+    values = {"more_balance": more.micros, "more_held": 0}
+    if from_balance:
+        return _change(tx, _CHANGE_IF_BALANCE, name, more, least=-more.micros, **values)
+    return _change(tx, _CHANGE, name, more, **values)
+
+
+def tie(tx: Connection, name: str, more: Money) -> bool:
+    """Lock an account and change what is held of it. False, and nothing changed: it is not there
+    or in another currency, or less than that is free."""
+    values = {"more_balance": 0, "more_held": more.micros}
+    return _change(tx, _CHANGE_IF_FREE, name, more, least=more.micros, **values)
+
+
+def untie(tx: Connection, name: str, less: Money) -> bool:
+    """Lock an account and hold so much less of it, whatever its balance."""
+    return _change(tx, _CHANGE, name, less, more_balance=0, more_held=-less.micros)
+
+
+def _change(tx: Connection, statement: sa.Update, name: str, money: Money, **values: int) -> bool:
+    changed = tx.execute(statement, {"account": name, "unit": money.currency, **values})
     return changed.rowcount == 1
 
 
@@ -122,23 +143,29 @@ def insert_account(
     )
 
 
+_ACCOUNT = sa.select(accounts).where(accounts.c.name == sa.bindparam("account"))
+
+
 def find_account(tx: Connection, name: str) -> tuple[Money, Money] | None:
     """Balance and the sum of open holds."""
-    row = tx.execute(sa.select(accounts).where(accounts.c.name == name)).one_or_none()
+    row = tx.execute(_ACCOUNT, {"account": name}).one_or_none()
     if row is None:
         return None
     return Money(row.balance_micros, row.currency), Money(row.held_micros, row.currency)
 
 
+_TRANSFER_BY_KEY = sa.select(transfers).where(transfers.c.key == sa.bindparam("by_key"))
+
+
 def find_transfer(tx: Connection, key: str) -> Transfer | None:
-    row = tx.execute(sa.select(transfers).where(transfers.c.key == key)).one_or_none()
+    row = tx.execute(_TRANSFER_BY_KEY, {"by_key": key}).one_or_none()
     return None if row is None else _transfer(row)
 
 
 def insert_transfer(tx: Connection, values: dict[str, Any]) -> int:
     """Append; returns the sequence number given."""
     charge = charge_of(values["debit"], values["credit"], values["amount_micros"])
-    done = tx.execute(transfers.insert().values(**values, charge_micros=charge))
+    done = tx.execute(transfers.insert(), {**values, "charge_micros": charge})
     key = done.inserted_primary_key
     assert key is not None
     return int(key[0])
@@ -158,6 +185,18 @@ def list_transfers(
     if after is not None:
         query = query.where(transfers.c.seq > after)
     return [_transfer(row) for row in tx.execute(query.order_by(transfers.c.seq).limit(limit))]
+
+
+_CHARGED = sa.select(sa.func.coalesce(sa.func.sum(transfers.c.charge_micros), 0)).where(
+    transfers.c.contract_id == sa.bindparam("contract"),
+    transfers.c.kind.in_(sa.bindparam("kinds", expanding=True)),
+)
+
+
+def charged_under(tx: Connection, contract_id: str, kinds: Sequence[str]) -> int:
+    """What was posted for a contract under any of these kinds."""
+    values = {"contract": contract_id, "kinds": list(kinds)}
+    return int(tx.execute(_CHARGED, values).scalar_one())
 
 
 def charged(tx: Connection, *where: sa.ColumnElement[bool]) -> int:
@@ -226,41 +265,54 @@ def sum_of_balances(tx: Connection) -> int:
 
 def insert_hold(tx: Connection, hold: Hold) -> None:
     tx.execute(
-        holds.insert().values(
-            id=hold.id,
-            organisation_id=hold.organisation_id,
-            account=hold.account,
-            amount_micros=hold.amount_micros,
-            currency=hold.currency,
-            subject=hold.subject,
-            project_id=hold.project_id,
-            key_id=hold.key_id,
-            epoch=hold.epoch,
-            expires_at=hold.expires_at,
-            state=hold.state,
-            created_at=hold.created_at,
-            admitted_at=hold.admitted_at,
-            version=hold.version,
-        )
+        holds.insert(),
+        {
+            "id": hold.id,
+            "organisation_id": hold.organisation_id,
+            "account": hold.account,
+            "amount_micros": hold.amount_micros,
+            "currency": hold.currency,
+            "subject": hold.subject,
+            "project_id": hold.project_id,
+            "key_id": hold.key_id,
+            "epoch": hold.epoch,
+            "expires_at": hold.expires_at,
+            "state": hold.state,
+            "created_at": hold.created_at,
+            "admitted_at": hold.admitted_at,
+            "version": hold.version,
+        },
     )
+
+
+_UPDATE_HOLD = holds.update().where(holds.c.id == sa.bindparam("hold"))
+_HOLD = sa.select(holds).where(holds.c.id == sa.bindparam("hold"))
+_OPEN_HOLD_OF = sa.select(holds).where(
+    holds.c.subject == sa.bindparam("of"), holds.c.state == HoldState.OPEN
+)
 
 
 def update_hold(tx: Connection, hold: Hold) -> None:
     tx.execute(
-        holds.update()
-        .where(holds.c.id == hold.id)
-        .values(
-            amount_micros=hold.amount_micros,
-            expires_at=hold.expires_at,
-            state=hold.state,
-            admitted_at=hold.admitted_at,
-            version=hold.version,
-        )
+        _UPDATE_HOLD,
+        {
+            "hold": hold.id,
+            "amount_micros": hold.amount_micros,
+            "expires_at": hold.expires_at,
+            "state": hold.state,
+            "admitted_at": hold.admitted_at,
+            "version": hold.version,
+        },
     )
 
 
-def find_hold(tx: Connection, *where: sa.ColumnElement[bool]) -> Hold | None:
-    row = tx.execute(sa.select(holds).where(*where)).one_or_none()
+def find_hold(tx: Connection, hold_id: str) -> Hold | None:
+    row = tx.execute(_HOLD, {"hold": hold_id}).one_or_none()
+    return None if row is None else _hold(row)
+
+
+def find_open_hold(tx: Connection, subject: str) -> Hold | None:
+    row = tx.execute(_OPEN_HOLD_OF, {"of": subject}).one_or_none()
     return None if row is None else _hold(row)
 
 

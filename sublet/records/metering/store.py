@@ -83,43 +83,48 @@ spans = sa.Table(
 
 def insert_meter(tx: Connection, meter: Meter) -> None:
     tx.execute(
-        meters.insert().values(
-            run_id=meter.run_id,
-            workload_id=meter.workload_id,
-            organisation_id=meter.organisation_id,
-            project_id=meter.project_id,
-            contract_id=meter.contract_id,
-            pool_id=meter.pool_id,
-            node_id=meter.node_id,
-            devices=meter.devices,
-            party=meter.party,
-            opened_at=meter.opened_at,
-            metered_to=meter.metered_to,
-            closed_at=meter.closed_at,
-            close_reason=meter.close_reason,
-            cpu_ms=meter.cpu_ms,
-            last_evidence_at=meter.last_evidence_at,
-        )
+        meters.insert(),
+        {
+            "run_id": meter.run_id,
+            "workload_id": meter.workload_id,
+            "organisation_id": meter.organisation_id,
+            "project_id": meter.project_id,
+            "contract_id": meter.contract_id,
+            "pool_id": meter.pool_id,
+            "node_id": meter.node_id,
+            "devices": meter.devices,
+            "party": meter.party,
+            "opened_at": meter.opened_at,
+            "metered_to": meter.metered_to,
+            "closed_at": meter.closed_at,
+            "close_reason": meter.close_reason,
+            "cpu_ms": meter.cpu_ms,
+            "last_evidence_at": meter.last_evidence_at,
+        },
     )
+
+
+_UPDATE_METER = meters.update().where(meters.c.run_id == sa.bindparam("run"))
+_METER = sa.select(meters).where(meters.c.run_id == sa.bindparam("run"))
+_METER_LOCKED = _METER.with_for_update()
 
 
 def update_meter(tx: Connection, meter: Meter) -> None:
     tx.execute(
-        meters.update()
-        .where(meters.c.run_id == meter.run_id)
-        .values(
-            metered_to=meter.metered_to,
-            closed_at=meter.closed_at,
-            close_reason=meter.close_reason,
-            cpu_ms=meter.cpu_ms,
-            last_evidence_at=meter.last_evidence_at,
-        )
+        _UPDATE_METER,
+        {
+            "run": meter.run_id,
+            "metered_to": meter.metered_to,
+            "closed_at": meter.closed_at,
+            "close_reason": meter.close_reason,
+            "cpu_ms": meter.cpu_ms,
+            "last_evidence_at": meter.last_evidence_at,
+        },
     )
 
 
 def find_meter(tx: Connection, run_id: str, *, lock: bool = False) -> Meter | None:
-    query = sa.select(meters).where(meters.c.run_id == run_id)
-    row = tx.execute(query.with_for_update() if lock else query).one_or_none()
+    row = tx.execute(_METER_LOCKED if lock else _METER, {"run": run_id}).one_or_none()
     return None if row is None else _meter(row)
 
 
@@ -179,34 +184,46 @@ def list_stretches(tx: Connection, *where: sa.ColumnElement[bool]) -> list[Stret
     ]
 
 
+_OPEN_SPAN = (
+    sa.select(spans)
+    .where(spans.c.device_id == sa.bindparam("device"), spans.c.ends_at.is_(None))
+    .with_for_update()
+)
+_UPDATE_SPAN = spans.update().where(
+    spans.c.device_id == sa.bindparam("device"), spans.c.seq == sa.bindparam("number")
+)
+
+
 def find_open_span(tx: Connection, device_id: str) -> Span | None:
-    row = tx.execute(
-        sa.select(spans)
-        .where(spans.c.device_id == device_id, spans.c.ends_at.is_(None))
-        .with_for_update()
-    ).one_or_none()
+    row = tx.execute(_OPEN_SPAN, {"device": device_id}).one_or_none()
     return None if row is None else _span(row)
 
 
 def insert_span(tx: Connection, span: Span) -> None:
     tx.execute(
-        spans.insert().values(
-            device_id=span.device_id,
-            seq=span.seq,
-            use=span.use,
-            starts_at=span.starts_at,
-            ends_at=span.ends_at,
-            ref=span.ref,
-        )
+        spans.insert(),
+        {
+            "device_id": span.device_id,
+            "seq": span.seq,
+            "use": span.use,
+            "starts_at": span.starts_at,
+            "ends_at": span.ends_at,
+            "ref": span.ref,
+        },
     )
 
 
 def update_span(tx: Connection, span: Span) -> None:
     """Only the open span of a device is ever changed: ended, or before it has any length, named."""
     tx.execute(
-        spans.update()
-        .where(spans.c.device_id == span.device_id, spans.c.seq == span.seq)
-        .values(use=span.use, ends_at=span.ends_at, ref=span.ref)
+        _UPDATE_SPAN,
+        {
+            "device": span.device_id,
+            "number": span.seq,
+            "use": span.use,
+            "ends_at": span.ends_at,
+            "ref": span.ref,
+        },
     )
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from sublet.base.store import Work
@@ -59,14 +58,7 @@ def find_answer(work: Work, scope: str, key: str, body_digest: str) -> Answer | 
     `scope` names project, method and path. Raises IdempotencyKeyReused if the key came with
     another body. Called in the Work of the act, so that a second caller waits for the first.
     """
-    answers = store.answers
-    row = work.tx.execute(
-        sa.select(answers).where(
-            answers.c.scope == scope,
-            answers.c.key == key,
-            answers.c.at > work.now - ANSWERS_KEPT,
-        )
-    ).one_or_none()
+    row = store.find_answer(work.tx, scope, key, work.now - ANSWERS_KEPT)
     if row is None:
         return None
     if row.body_digest != body_digest:
@@ -81,17 +73,17 @@ def keep_answer(work: Work, scope: str, key: str, body_digest: str, status: int,
     """
     if not 200 <= status < 300:
         return
-    answers = store.answers
     # The sweep also clears this key's own answer if it is older than 24 hours.
-    work.tx.execute(answers.delete().where(answers.c.at <= work.now - ANSWERS_KEPT))
+    store.sweep_answers(work.tx, work.now - ANSWERS_KEPT)
     work.tx.execute(
-        answers.insert().values(
-            scope=scope,
-            key=key,
-            organisation_id=work.actor.organisation_id,
-            body_digest=body_digest,
-            status=status,
-            body=body,
-            at=work.now,
-        )
+        store.answers.insert(),
+        {
+            "scope": scope,
+            "key": key,
+            "organisation_id": work.actor.organisation_id,
+            "body_digest": body_digest,
+            "status": status,
+            "body": body,
+            "at": work.now,
+        },
     )

@@ -137,7 +137,7 @@ answers = sa.Table(
 
 def insert(tx: Connection, table: sa.Table, values: dict[str, Any]) -> int:
     """Append a row; returns the sequence number given."""
-    key = tx.execute(table.insert().values(**values)).inserted_primary_key
+    key = tx.execute(table.insert(), values).inserted_primary_key
     assert key is not None
     return int(key[0])
 
@@ -263,20 +263,42 @@ def _budget_is(budget: Budget) -> tuple[sa.ColumnElement[bool], ...]:
     )
 
 
-def list_budgets(tx: Connection, scopes: dict[ScopeKind, str | None]) -> list[Budget]:
-    chosen = [
-        (budgets.c.scope_kind == kind) & (budgets.c.scope_id == scope_id)
-        for kind, scope_id in scopes.items()
-        if scope_id is not None
-    ]
-    rows = tx.execute(
-        sa.select(
-            budgets.c.scope_kind, budgets.c.scope_id, budgets.c.period, budgets.c.limit_micros
+_BUDGETS = (
+    sa.select(budgets.c.scope_kind, budgets.c.scope_id, budgets.c.period, budgets.c.limit_micros)
+    .where(
+        # A scope that is not asked for is NULL here, and equals nothing.
+        sa.or_(
+            *(
+                (budgets.c.scope_kind == kind) & (budgets.c.scope_id == sa.bindparam(kind.value))
+                for kind in ScopeKind
+            )
         )
-        .where(sa.or_(sa.false(), *chosen))
-        .order_by(budgets.c.scope_kind, budgets.c.scope_id, budgets.c.period)
     )
+    .order_by(budgets.c.scope_kind, budgets.c.scope_id, budgets.c.period)
+)
+
+
+def list_budgets(tx: Connection, scopes: dict[ScopeKind, str | None]) -> list[Budget]:
+    rows = tx.execute(_BUDGETS, {kind.value: scopes.get(kind) for kind in ScopeKind})
     return [Budget(**{**row._asdict(), "scope_kind": ScopeKind(row.scope_kind)}) for row in rows]
+
+
+_ANSWER = sa.select(answers).where(
+    answers.c.scope == sa.bindparam("in_scope"),
+    answers.c.key == sa.bindparam("under_key"),
+    answers.c.at > sa.bindparam("after"),
+)
+_SWEEP = answers.delete().where(answers.c.at <= sa.bindparam("until"))
+
+
+def find_answer(tx: Connection, scope: str, key: str, after: datetime) -> sa.Row[Any] | None:
+    """What was kept for this key after that instant."""
+    values = {"in_scope": scope, "under_key": key, "after": after}
+    return tx.execute(_ANSWER, values).one_or_none()
+
+
+def sweep_answers(tx: Connection, until: datetime) -> None:
+    tx.execute(_SWEEP, {"until": until})
 
 
 def list_audit(

@@ -41,6 +41,7 @@ from sublet.shops.compute.service import (
     start,
     stop,
     stop_for,
+    stopped_costs_per_hour,
     terminate,
 )
 from sublet.shops.compute.spec import from_document, to_document
@@ -98,6 +99,7 @@ __all__ = [
     "start",
     "stop",
     "stop_for",
+    "stopped_costs_per_hour",
     "terminate",
     "to_document",
 ]

@@ -139,8 +139,15 @@ def stop(work: Work, identity: Identity, workload_id: str) -> StopAnswer:
     workload = _halt(work, workload, Desired.STOPPED, Reason.USER)
     currency = market.get_contract(work.tx, workload.contract_id).currency
     return StopAnswer(
-        workload=workload, still_costs_per_hour=Money(0, currency), explanation=STOPPED_COSTS
+        workload=workload,
+        still_costs_per_hour=stopped_costs_per_hour(currency),
+        explanation=STOPPED_COSTS,
     )
+
+
+def stopped_costs_per_hour(currency: str) -> Money:
+    """What a stopped instance costs: its files are kept free of charge."""
+    return Money(0, currency)
 
 
 def terminate(work: Work, identity: Identity, workload_id: str) -> Workload:

@@ -331,6 +331,27 @@ def test_no_victim_is_redundant_and_each_has_its_notice(
     assert len(ended) == sum(len(row.victims) for row in answer.rows)
 
 
+@given(sold(), asks)
+@examples(300)
+def test_a_row_is_never_empty_and_holds_without_those_after_it(
+    book: PoolBook, ask: tuple[int, timedelta, timedelta | None]
+) -> None:
+    count, ahead, lasting = ask
+    by = NOW + ahead
+    until = None if lasting is None else by + lasting
+    answer = plan(book, count, by, now=NOW, until=until)
+    assert all(row.devices > 0 for row in answer.rows)
+    supply = int(book.supply[0])
+    for number, row in enumerate(answer.rows, start=1):
+        kept = answer.rows[:number]
+        ended = ends_of(kept)
+        changes = {c.starts_at for c in book.claims} | {c.held_until() for c in book.claims}
+        for at in [row.free_by, *changes, *ended.values()]:
+            if at is not None and at >= row.free_by and (until is None or at < until):
+                free = supply - held_when(book, at, ended)
+                assert free >= sum(item.devices for item in kept if item.free_by <= row.free_by)
+
+
 @st.composite
 def candidates(draw: st.DrawFn) -> list[Candidate]:
     return [

@@ -218,6 +218,8 @@ class Workload(Shape):
     """What it costs now; zero while nothing is metered."""
     cost: Money
     """Posted so far, less credits."""
+    stopped_costs_per_hour: Money
+    """What it would cost from when it is stopped on."""
 
 
 class Stopped(Shape):

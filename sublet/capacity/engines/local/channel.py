@@ -71,6 +71,8 @@ class Channel:
             wire.send(self._socket, {**order, "v": records.PROTOCOL}, fds)
         except (BrokenPipeError, ConnectionResetError):
             raise NoSupervisor from None
+        except TimeoutError as error:
+            raise EngineError("the supervisor does not listen") from error
 
     def receive(self, seconds: float | None = ANSWER_SECONDS) -> tuple[dict[str, Any], list[int]]:
         self._socket.settimeout(seconds)

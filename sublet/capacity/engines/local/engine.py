@@ -83,6 +83,7 @@ class LocalEngine:
             disk_reserve_bytes=disk_reserve_bytes,
         )
         self._probing = threading.Lock()
+        self._drop_beginnings()
 
     # -- what there is
 
@@ -183,7 +184,12 @@ class LocalEngine:
         scratch = self._root / "scratch" / spec.run_id
         rules = self._proven_rules()
         plan = rules.plan(
-            spec, self._hardware(), clock=self._clock, home=str(home), scratch=str(scratch)
+            spec,
+            self._hardware(),
+            clock=self._clock,
+            home=str(home),
+            scratch=str(scratch),
+            disk_bytes=self._disk_bytes(),
         )
         try:
             uid = uids.allocate(self._root, spec.home) if os.geteuid() == 0 else None
@@ -245,6 +251,12 @@ class LocalEngine:
             for fd in (ready, tell):
                 if fd >= 0:
                     os.close(fd)
+
+    def _drop_beginnings(self) -> None:
+        """Folders of starts that got no further than the folder."""
+        with self._one_start_at_a_time():
+            for run_id in os.listdir(self._root / "runs"):
+                self._drop_if_empty(self._root / "runs" / run_id)
 
     def _drop_if_empty(self, folder: Path) -> None:
         """A refused start leaves no trace."""
@@ -342,7 +354,8 @@ class LocalEngine:
         seen = observing.observe(folder, self._clock) if folder.is_dir() else None
         if seen is not None and not seen.scrubbed:
             return
-        left = wipe(str(folder))
+        scratch = self._root / "scratch" / run_id  # of a start that got no further than its plan
+        left = [*wipe(str(scratch)), *wipe(str(folder))]
         if left:
             raise EngineError(f"the records of run {run_id} could not be deleted: {left[0]}")
 

@@ -47,7 +47,7 @@ def observe(folder: Path, clock: Clock) -> Observation | None:
             return None
         return Observation(run_id=plan.run_id, workload_id=plan.workload_id, phase=Phase.STARTING)
     found = _observation(path, plan, state, clock)
-    if state.v != records.PROTOCOL:
+    if state.v > records.PROTOCOL:
         return _silent(found, f"its records speak protocol {state.v}")
     if state.is_over:
         return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import socket
 import stat
 import subprocess
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sublet.base.kernel.clock import Clock
+from sublet.base.kernel.ids import SystemIds
 from sublet.capacity.engines.local.planning import PYTHON, host_addresses
 from sublet.capacity.engines.local.supervise import records, usage
 from sublet.capacity.engines.local.supervise.sandbox import CONTROL_NODES
@@ -63,7 +63,7 @@ def attempts(
     engine: Engine, clock: Clock, folder: Path, devices: Sequence[str], outbound: str
 ) -> dict[str, Outcome]:
     """Try everything once, side by side."""
-    mark = f"sublet-probe-{secrets.randbits(64):x}"  # not an id of anything that is kept
+    mark = SystemIds().new("sublet-probe")
     party = _Party(engine, clock, folder, devices)
     try:
         with host_to_find(mark) as host:
@@ -89,7 +89,7 @@ def _start_all(party: _Party, host: Host, outbound: str) -> None:
         "files": ["/etc/shadow", host.file, *map(str, files)],
         "pids": [host.pid, *party.victims()],
         "mark": host.mark,
-        "nodes": host_nodes(),
+        "nodes": [*host_nodes(), *party.nodes_of_others("walls")],
         "addresses": [here],
         **net,
     }
@@ -111,9 +111,7 @@ class _Party:
         self.folder = folder
 
     def start(self, name: str, given: Mapping[str, Any], *, outbound: bool = False) -> None:
-        # The one that measures CPU time has a device to itself where there are two.
-        others = self._devices[1:] or self._devices
-        device = self._devices[0] if name == "cpu" else others[len(self._failures) % len(others)]
+        device = self.device_of(name)
         spec = StartSpec(
             run_id=name,
             workload_id=name,
@@ -138,6 +136,15 @@ class _Party:
             self._engine.start(spec)
         except SubletError as error:
             self._failures[name] = error.message
+
+    def device_of(self, name: str) -> str:
+        """The one that measures CPU time has a device to itself where there are two."""
+        return self._devices[0 if name == "cpu" else -1]
+
+    def nodes_of_others(self, name: str) -> list[str]:
+        """The device nodes of GPUs that are not this attempt's own."""
+        others = set(self._devices) - {self.device_of(name)}
+        return [f"/dev/nvidia{device[3:]}" for device in others if device.startswith("gpu")]
 
     def victims(self) -> list[int]:
         """The host's pids of the victim's processes."""

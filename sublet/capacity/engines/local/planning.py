@@ -109,9 +109,16 @@ class Rules:
             )
 
     def plan(
-        self, spec: StartSpec, found: Hardware, *, clock: Clock, home: str, scratch: str
+        self,
+        spec: StartSpec,
+        found: Hardware,
+        *,
+        clock: Clock,
+        home: str,
+        scratch: str,
+        disk_bytes: int,
     ) -> records.Plan:
-        """Raises StartRefused."""
+        """`disk_bytes` is what all runs together may use. Raises StartRefused."""
         devices = {device.name: device for device in found.devices}
         unknown = [name for name in spec.devices if name not in devices]
         if unknown or not spec.devices:
@@ -143,7 +150,7 @@ class Rules:
             gpu_ids=[gpu.uuid for gpu in gpus],
             memory_bytes=spec.memory_bytes,
             disk_bytes=spec.disk_bytes,
-            disk_share_bytes=spec.disk_bytes,
+            disk_share_bytes=min(spec.disk_bytes, disk_bytes * count // len(found.devices)),
             disk_reserve_bytes=self.disk_reserve_bytes,
             pids=self.pids or 1024 + 512 * count,
             command=list(spec.command),

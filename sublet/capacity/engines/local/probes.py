@@ -37,7 +37,9 @@ _SHOWN = 4
 _CGROUP_REMEDY = (
     "run as root, or with a delegated cgroup: systemd-run --user --scope -p Delegate=yes"
 )
-_NAMESPACE_REMEDY = "run as root, or allow unprivileged user namespaces (sysctl, AppArmor)"
+_NAMESPACE_REMEDY = (
+    "bubblewrap 0.8 or newer, and unprivileged user namespaces allowed (sysctl, AppArmor)"
+)
 _FILTER_REMEDY = "a kernel and processor on which the system-call filter works"
 
 

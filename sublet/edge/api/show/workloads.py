@@ -55,6 +55,7 @@ def workload(tx: Connection, found: compute.Workload, deps: Deps, now: datetime)
         price_micros_per_device_hour=price,
         burn_micros_per_hour=(price or 0) * found.devices if is_metered else 0,
         cost=rest.Money.of(_cost(tx, found.contract_id, deps.currency)),
+        stopped_costs_per_hour=rest.Money.of(compute.stopped_costs_per_hour(deps.currency)),
     )
 
 

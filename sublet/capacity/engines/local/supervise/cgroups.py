@@ -99,7 +99,7 @@ def _unified_parents(mount: Mount, own: str) -> Iterable[str]:
     folder = _folder(mount, own)
     if os.path.basename(folder) == LEAF:
         folder = os.path.dirname(folder)
-    if folder != mount.point and os.access(os.path.join(folder, "cgroup.procs"), os.W_OK):
+    if os.access(os.path.join(folder, "cgroup.subtree_control"), os.W_OK):
         yield folder
 
 

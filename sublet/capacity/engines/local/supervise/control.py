@@ -119,7 +119,7 @@ class ControlServer:
     # -- orders
 
     def _obey(self, peer: _Peer, request: dict[str, Any], fds: list[int]) -> None:
-        if request.get("v") != PROTOCOL:
+        if int(request["v"]) > PROTOCOL:
             raise Refused(f"protocol {PROTOCOL}")
         supervisor, run = self._supervisor, self._supervisor.run
         op = request["op"]

@@ -1,7 +1,7 @@
 """The supervisor's end of the channel to the init inside, which it does not believe.
 
 Every request has a number; answers and events name one. Whatever does not fit is dropped, and
-after a few dozen messages the channel rests, so that a talkative tenant costs next to nothing.
+a talkative tenant makes the channel rest: it has a budget of the supervisor's time.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import usage, wire
-from .loop import Loop
-from .records import Plan
+from .loop import Budget, Loop
+from .records import Plan, boot_ns
 from .sandbox import places
 
 _MOST_OPEN = 2000
-_BURST = 64
-_REST_NS = 20_000_000
+_BURST = 32
 _BASE_ENV = {
     "USER": "tenant",
     "LOGNAME": "tenant",
-    "SHELL": "/bin/sh",
+    "SHELL": "/bin/bash" if os.path.exists("/usr/bin/bash") else "/bin/sh",
     "LANG": "C.UTF-8",
     "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin",
 }
@@ -50,6 +49,7 @@ class Inner:
         self._on_empty = on_empty
         self._on_lost = on_lost
         self._greeted = False
+        self._budget = Budget()
         self._requests: dict[int, Answered] = {}
         self._last = 0
         self.exits: dict[int, Exited] = {}
@@ -97,17 +97,24 @@ class Inner:
         return ident
 
     def _receive(self, _events: int) -> None:
+        began_ns = boot_ns()
+        if not self._take():
+            self._loop.forget(self._channel)
+            self._on_lost()
+        elif rest_ns := self._budget.rest_after(began_ns):
+            self._loop.rest(self._channel, rest_ns)
+
+    def _take(self) -> bool:
+        """Handle a few messages; False at the end of the channel."""
         for _ in range(_BURST):
             try:
                 message, fds = wire.receive(self._channel)
             except BlockingIOError:
-                return
+                return True
             except OSError:
-                message, fds = None, []
+                return False
             if message is None:
-                self._loop.forget(self._channel)
-                self._on_lost()
-                return
+                return False
             if message.get("event") == "hello" and not self._greeted:
                 self._greeted = True
                 self._on_hello(message, fds)  # keeps the descriptors
@@ -118,7 +125,7 @@ class Inner:
                 continue  # not a message of our init
             finally:
                 wire.close_all(fds)
-        self._loop.rest(self._channel, _REST_NS)
+        return True
 
     def _on_message(self, message: dict[str, Any], fds: list[int]) -> None:
         event = message.get("event")

@@ -19,6 +19,25 @@ READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 Callback = Callable[[int], None]
 
 
+class Budget:
+    """How much of the supervisor's time one stranger may take: a third of a CPU over time."""
+
+    _SHARE = 3
+    _BURST_NS = 20_000_000
+
+    def __init__(self) -> None:
+        self._debt_ns = 0
+        self._last_ns = 0
+
+    def rest_after(self, began_ns: int) -> int:
+        """Work for them began then and is done now: how long they have to wait for more."""
+        now = boot_ns()
+        earned = max(0, began_ns - self._last_ns) // self._SHARE
+        self._debt_ns = max(0, self._debt_ns - earned) + now - began_ns
+        self._last_ns = now
+        return self._SHARE * self._debt_ns if self._debt_ns > self._BURST_NS else 0
+
+
 class HasFileno(Protocol):
     def fileno(self) -> int: ...
 
@@ -46,9 +65,13 @@ class Loop:
             self._selector.unregister(watched)
 
     def rest(self, watched: Watched, duration_ns: int) -> None:
-        """Do not read it for a while."""
-        callback = self._selector.unregister(watched).data
-        self._resting[watched] = (boot_ns() + duration_ns, callback)
+        """Do not read it for a while; at rest already: for longer."""
+        until = boot_ns() + duration_ns
+        if watched in self._resting:
+            callback = self._resting[watched][1]
+        else:
+            callback = self._selector.unregister(watched).data
+        self._resting[watched] = (until, callback)
 
     def turn(self, until_ns: int) -> None:
         """Wait for something to happen, at most until that instant, and handle it."""

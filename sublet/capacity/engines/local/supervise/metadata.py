@@ -15,15 +15,13 @@ import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .loop import WRITE, Loop
+from .loop import WRITE, Budget, Loop
 from .records import boot_ns
 
 _MOST_CLIENTS = 16
 _LARGEST_REQUEST = 4096
 _PATIENCE_NS = 2_000_000_000
 
-_BURST = 32
-_REST_NS = 100_000_000
 
 Document = Callable[[], Mapping[str, Any]]
 Interruption = Callable[[], Mapping[str, Any] | None]
@@ -46,7 +44,7 @@ class MetadataServer:
         self._document = document
         self._interruption = interruption
         self._clients: set[_Client] = set()
-        self._accepted = 0
+        self._budget = Budget()
         loop.watch(listener, self._accept)
 
     def expire(self) -> None:
@@ -65,10 +63,14 @@ class MetadataServer:
             self._drop(min(self._clients, key=lambda client: client.gives_up_ns))
         client = _Client(channel, boot_ns() + _PATIENCE_NS)
         self._clients.add(client)
-        self._loop.watch(channel, lambda events: self._advance(client, events))
-        self._accepted += 1
-        if self._accepted % _BURST == 0:
-            self._loop.rest(self._listener, _REST_NS)
+        self._loop.watch(channel, lambda events: self._serve(client, events))
+
+    def _serve(self, client: _Client, events: int) -> None:
+        """Whoever asks too much finds the door shut for a while; those inside are served."""
+        began_ns = boot_ns()
+        self._advance(client, events)
+        if rest_ns := self._budget.rest_after(began_ns):
+            self._loop.rest(self._listener, rest_ns)
 
     def _drop(self, client: _Client) -> None:
         self._clients.discard(client)
@@ -95,7 +97,7 @@ class MetadataServer:
             self._drop(client)
         elif b"\r\n\r\n" in client.request:
             client.answer = self._answer(client.request)
-            self._loop.watch(client.channel, lambda events: self._advance(client, events), WRITE)
+            self._loop.watch(client.channel, lambda events: self._serve(client, events), WRITE)
 
     def _answer(self, request: bytes) -> bytes:
         method, _, rest = request.partition(b" ")

@@ -26,7 +26,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 PROTOCOL = 1
-"""Of the files and the control socket. A supervisor lives longer than the code that started it."""
+"""Of the files and the control socket. A supervisor lives longer than the code that started it, so
+who comes later reads what is older, and asks a supervisor for nothing newer than itself."""
 
 PLAN, STATE, EVIDENCE, LOCK, SOCKET = (
     "plan.json",
