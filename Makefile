@@ -4,7 +4,7 @@ VENV   := .venv
 PIP     = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes --only-binary :all:
 LOCK    = $(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --only-binary :all: --generate-hashes --no-header --no-annotate
 
-.PHONY: run setup test check soak bench lock clean
+.PHONY: run setup test check soak bench docs lock clean
 
 run: setup
 	@$(VENV)/bin/sublet up --tour $(ARGS)
@@ -23,6 +23,10 @@ soak: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(VENV)/bin/python -m bench $(ARGS)
+
+# Writes docs/reference anew from the source.
+docs: $(VENV)/.dev
+	$(VENV)/bin/python -m tools.reference
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'Sublet needs Python 3.11 or newer: make PYTHON=python3.12'; exit 1; }

@@ -10,7 +10,6 @@ import importlib
 import inspect
 import pkgutil
 import sys
-import tempfile
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -266,7 +265,7 @@ def api_page() -> str:
 def api() -> FastAPI:
     """The API of a cloud that nobody uses: its routes are the same."""
     clock = SystemClock.unanchored()
-    store = open_store(f"sqlite:///{tempfile.gettempdir()}/none.db", clock, SystemIds())
+    store = open_store("sqlite://", clock, SystemIds())
     try:
         return create_api(
             Deps(store=store, engine=SimulatedEngine(clock), version=sublet.__version__)

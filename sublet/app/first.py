@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 
 import sqlalchemy as sa
 
 from sublet.app.clockwork import anchored
-from sublet.app.folder import Folder
+from sublet.app.folder import Folder, keep_private
 from sublet.app.migrate import migrate
 from sublet.app.settings import Settings
 from sublet.app.wiring import local_engine
@@ -60,6 +61,10 @@ def open_folder(settings: Settings, folder: Folder, *, tour: bool, say: Say) -> 
 
 def _open_store(settings: Settings) -> tuple[Store, Clock]:
     bare = sa.create_engine(settings.database)
+    if settings.database_url is None:
+        # SQLite gives the files beside it the mode that it has. Another user is told by `migrate`.
+        with suppress(OSError):
+            keep_private(settings.data.resolve() / "sublet.db")
     try:
         migrate(bare)
         clock = anchored(bare)

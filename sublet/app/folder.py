@@ -26,7 +26,7 @@ class FolderUnusable(Unavailable):
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """Paths under one data folder. Everything in it is private to its user (mode 0700)."""
+    """Paths under one data folder. What lies in it is private to its user."""
 
     root: Path
 
@@ -61,6 +61,7 @@ class Folder:
             probe = self.root / ".probe"
             probe.write_text("x")
             probe.unlink()
+            keep_private(self.log)
         except OSError as error:
             raise FolderUnusable(
                 f"The data folder {self.root} cannot be used ({error.strerror}): "
@@ -102,3 +103,15 @@ def write_private(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def keep_private(path: Path) -> None:
+    """A file that only its user reads, made if it is not there.
+
+    As root the folder itself can be passed through, so the modes of its files are what counts.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.fchmod(descriptor, 0o600)
+    finally:
+        os.close(descriptor)

@@ -261,7 +261,7 @@ def _shut(cloud: Cloud, say: Say) -> int:
     while any(child.process.poll() is None for child in loops):
         cloud.woken.clear()
         if len(cloud.signals) > 1:
-            say("Killed: what still ran ends at the end of its paid time, by its own supervisor.")
+            say("Killing what still runs.")
             first.kill_everything(cloud.settings, cloud.folder)
             _end_children(cloud, signal.SIGKILL)
             return 130

@@ -22,7 +22,7 @@ from sublet.capacity.allocation.store import (
 from sublet.capacity.fleet.store import get_pool
 from sublet.records.metering.model import Use
 from sublet.records.metering.store import spans
-from sublet.rights.owner.model import RowState
+from sublet.rights.owner.model import ON_TIME, RowState
 from sublet.rights.owner.store import list_recalls, list_shortfalls
 
 SLACK = timedelta(seconds=5)
@@ -127,7 +127,7 @@ def recalls_are_on_time_or_late(look: Look) -> Iterator[str]:
                 continue
             came = row.delivered_at
             overdue = row.state is RowState.WAITING and look.now > row.free_by + SLACK
-            if overdue or (came is not None and came > row.free_by):
+            if overdue or (came is not None and came > row.free_by + ON_TIME):
                 yield f"{recall.id} row {row.number}: due {row.free_by}, came {came}, not marked"
 
 

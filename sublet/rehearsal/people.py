@@ -246,5 +246,7 @@ class Owner(Person):
                     release=Release(ends_at=work.now + timedelta(seconds=seconds)),
                 ),
             )
-        assert not isinstance(decision, Refused), decision
+            assert not isinstance(decision, Refused), decision
+            for device_id in allocation.place(work, decision.claim.id) or ():
+                metering.switch_device(work, device_id, metering.Use.SOLD_UNUSED, work.now)
         return decision.claim

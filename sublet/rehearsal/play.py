@@ -173,8 +173,8 @@ class _Play:
             self.world.line.cut("*", "after" if self.rng.random() < 0.7 else "before")
         deeds: list[tuple[int, Callable[[], object]]] = [
             (6 if len(self.consumers) < 3 else 1, self._come),
-            (12, self._rent),
-            (12, self._run_job),
+            (16, self._rent),
+            (16, self._run_job),
             (5, self._stop),
             (4, self._start),
             (5, self._end),
@@ -210,7 +210,7 @@ class _Play:
 
     def _come(self) -> None:
         if len(self.consumers) < MOST_CONSUMERS:
-            credit = self.rng.choice([None, "2", "10", "50", "500"])
+            credit = self.rng.choice([None, "2", "10", "500", "500"])
             self.consumers.append(self.world.sign_up(f"c{len(self.consumers)}", credit))
 
     def _terms(self) -> tuple[str, dict[str, Any]]:
@@ -290,7 +290,7 @@ class _Play:
             scope_kind=tenancy.ScopeKind.ORGANISATION,
             scope_id=consumer.organisation_id,
             period="day",
-            limit_micros=self.rng.choice([500_000, 3_000_000, 100_000_000]),
+            limit_micros=self.rng.choice([1_000_000, 10_000_000, 100_000_000]),
         )
         deed = tenancy.clear_budget if self.rng.random() < 0.5 else tenancy.set_budget
         with self.world.work() as work:
@@ -308,7 +308,7 @@ class _Play:
         )
         if not recall.rows or self.rng.random() < 0.1:
             return
-        self.world.run_for(self.rng.choice([0.0, 5.0, 70.0]))
+        self.world.run_for(self.rng.choice([0.0, 0.5, 5.0, 30.0, 70.0]))
         numbers = [row.number for row in recall.rows]
         chosen = numbers[: self.rng.randrange(1, len(numbers) + 1)]
         self.world.owner.accept(recall, chosen)

@@ -7,6 +7,7 @@ every `audit_every`-th of them, the auditor looks at the whole database.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -110,8 +111,8 @@ class World:
         self._audit_every = audit_every
         self.commits = 0
         self._audited_at_commit = 0
-        self._folder = None if path else tempfile.TemporaryDirectory(prefix="rehearsal-")
-        self._path = path or Path(self._folder.name if self._folder else ".")
+        self._path = path or Path(tempfile.mkdtemp(prefix="sublet-rehearsal-"))
+        self._is_temporary = path is None
         self.store = self._open()
         metadata.create_all(self.store.engine)
         owner_secret = self._set_up(rate_card, head_room_percent, scrub_seconds)
@@ -184,8 +185,8 @@ class World:
 
     def close(self) -> None:
         self.store.close()
-        if self._folder is not None:
-            self._folder.cleanup()
+        if self._is_temporary:
+            shutil.rmtree(self._path)
 
     def __enter__(self) -> World:
         return self
@@ -206,6 +207,12 @@ class World:
         """Let everything happen that is due up to that instant, and stand there."""
         while self.step(at):
             pass
+
+    def sleep_until(self, at: datetime) -> None:
+        """The control plane is down until then; the metal goes on. It starts again at that instant."""
+        self.note(f"the control plane is down until {at.isoformat()}")
+        self.clock.advance_to(at)
+        self.restart()
 
     def step(self, limit: datetime) -> bool:
         """The next thing that is due by `limit`; False: nothing, and the clock stands there."""

@@ -66,7 +66,11 @@ def test_a_package_writes_only_its_own_tables() -> None:
                 if f".{_package_of(path)}." not in f"{node.module}.":
                     foreign |= {alias.asname or alias.name for alias in node.names}
         for node in ast.walk(tree):
-            if not isinstance(node, ast.Attribute) or node.attr not in ("insert", "update", "delete"):
+            if not isinstance(node, ast.Attribute) or node.attr not in (
+                "insert",
+                "update",
+                "delete",
+            ):
                 continue
             owner = node.value
             while isinstance(owner, ast.Attribute):

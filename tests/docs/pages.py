@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SHELL_WORDS = ("|", ";", "&&", "||", ">", ">>", "<", "&", "(", ")")
+SHELL_WORDS = re.compile(r"[|;&<>()]+")
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,11 @@ def prose(page: Path) -> str:
 
 
 def shell_lines(block: Block) -> Iterator[str]:
-    """Lines to be typed: after `$ ` where a block shows output too, else all of them."""
-    lines = block.text.replace("\\\n", " ").splitlines()
+    """Lines to be typed, without here-documents: after `$ ` where output is shown too, else all."""
+    text = re.sub(r"(<<\s*'?(\w+)'?[^\n]*\n).*?^\2$", r"\1", block.text, flags=re.M | re.S)
+    lines = text.replace("\\\n", " ").splitlines()
     typed = [line[2:] for line in lines if line.startswith("$ ")]
-    if block.language in ("", "sh", "bash"):
+    if block.language in ("", "sh", "bash", "console"):
         yield from typed or lines
 
 
@@ -51,10 +52,10 @@ def calls(line: str) -> Iterator[list[str]]:
     words: list[str] | None = None
     is_start = True
     for token in reader:
-        if token in SHELL_WORDS:
+        if SHELL_WORDS.fullmatch(token):
             if words is not None:
                 yield words
-            words, is_start = None, token not in (">", ">>", "<")
+            words, is_start = None, not set(token) <= {"<", ">"}
         elif words is not None:
             words.append(token)
         elif is_start and re.fullmatch(r"\w+=.*", token, re.S):

@@ -1,8 +1,8 @@
 """Engines under test, each with a way to let time pass.
 
 `harness` runs a test once per engine. To add one, write a factory that makes a `Harness` and name
-it in HARNESSES: nothing else in the suite knows which engine it is looking at. A harness that
-waits for real says so by its `run_until`; one with a virtual clock jumps.
+it in HARNESSES: nothing else in the suite knows which engine it is looking at. A harness
+with a virtual clock jumps in its `pause` where the others wait.
 """
 
 from __future__ import annotations
@@ -44,7 +44,15 @@ class Harness:
 
     def run_until(self, predicate: Callable[[], Any], seconds: float) -> Any:
         """Let time pass until the predicate holds; its value. Fails after so many seconds."""
-        raise NotImplementedError
+        give_up = self.now() + timedelta(seconds=seconds)
+        while not (value := predicate()):
+            assert self.now() < give_up, f"not within {seconds} s: {self.engine.observe()}"
+            self.pause()
+        return value
+
+    def pause(self) -> None:
+        """A moment: slept through, or jumped."""
+        time.sleep(0.01)
 
     def reopened(self) -> Any:
         """The engine as a control plane finds it that has just been started again."""
@@ -120,13 +128,6 @@ class LocalHarness(Harness):
     def reopened(self) -> LocalEngine:
         return LocalEngine(self.root, self.clock, **self.options)
 
-    def run_until(self, predicate: Callable[[], Any], seconds: float) -> Any:
-        give_up = time.monotonic() + seconds
-        while not (value := predicate()):
-            assert time.monotonic() < give_up, f"not within {seconds} s: {self.engine.observe()}"
-            time.sleep(0.01)
-        return value
-
     def folder(self, run_id: str) -> Path:
         return self.root / "runs" / run_id
 
@@ -139,6 +140,8 @@ class LocalHarness(Harness):
             for run_id in self.engine.observe():
                 self.until_over(run_id)
                 assert self.engine.scrub(run_id).clean
+        for folder in self.engine._rules.cgroup_bases.values():
+            self.run_until(lambda folder=folder: not os.path.exists(folder), 2)
         shutil.rmtree(self.root)
 
 
@@ -151,12 +154,8 @@ class SimulatedHarness(Harness):
         self.engine = SimulatedEngine(self.clock)
         self.devices = tuple(device.name for device in self.engine.inventory().devices)
 
-    def run_until(self, predicate: Callable[[], Any], seconds: float) -> Any:
-        give_up = self.now() + timedelta(seconds=seconds)
-        while not (value := predicate()):
-            assert self.now() < give_up, f"not within {seconds} s: {self.engine.observe()}"
-            self.clock.advance_to(self.now() + timedelta(milliseconds=50))
-        return value
+    def pause(self) -> None:
+        self.clock.advance_to(self.now() + timedelta(milliseconds=50))
 
 
 HARNESSES: dict[str, Callable[[], Harness]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,14 +49,16 @@ def test_with_its_supervisor_killed_the_workload_goes_and_the_bill_ends_at_the_l
 ) -> None:
     local = make_local(trusted=True, without=frozenset(without))
     run = local.start("sleep 600 & setsid sleep 600 & wait", outbound=True)
-    assert len(processes_of(local, run)) >= 4  # with the init, the shell and both sleepers
-    time.sleep(0.3)
+    local.run_until(lambda: len(processes_of(local, run)) >= 3, 5)  # the shell, both sleepers
+    init = records.read_state(str(local.folder(run))).init_pid
     os.kill(supervisor_of(local, run), signal.SIGKILL)
     killed_at = local.now()
     seen = local.until_over(run, seconds=3)
     assert (seen.phase, seen.exit_code, seen.term_reason) == (Phase.EXITED, 137, None)
     assert seen.started_at <= seen.exited_at == seen.last_evidence_at <= killed_at
     assert processes_of(local, run) == []
+    with pytest.raises(ProcessLookupError):
+        os.kill(init, 0)
     assert local.engine.scrub(run).clean
     assert not any(Path(f"/sys/fs/cgroup/pids/{local.engine._rules.name}").glob("*"))
 
@@ -319,3 +322,19 @@ def test_a_run_that_holds_more_than_its_share_of_a_nearly_full_disk_is_warned_on
         dataclasses.replace(short, disk_reserve_bytes=0),
     ):
         assert usage.DiskWatch(calm, str(local.folder(run))).step() is None
+
+
+def test_whoever_deletes_the_folder_gives_the_run_up(make_local: Any) -> None:
+    local = make_local()
+    run = local.start("sleep 600")
+    supervisor = supervisor_of(local, run)
+    shutil.rmtree(local.folder(run))
+    local.run_until(lambda: not Path(f"/proc/{supervisor}/cmdline").exists(), 5)
+    assert not any(Path(f"/sys/fs/cgroup/pids/{local.engine._rules.name}").glob("*"))
+
+
+def test_folders_too_deep_to_count_are_not_allowed(local: Any) -> None:
+    deep = "import os\nfor _ in range(300): os.mkdir('d'); os.chdir('d')\n"
+    run = local.start(f'python3 -c "{deep}"; sleep 600')
+    assert local.until_over(run, seconds=10).term_reason == "disk"
+    assert "levels are allowed" in local.text(run)

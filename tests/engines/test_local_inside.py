@@ -174,6 +174,7 @@ def test_hanging_up_ends_the_process_and_what_it_started(local: Any) -> None:
         assert time.monotonic() - began < 3
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_whoever_vanishes_hangs_up(local: Any) -> None:
     run = local.start()
     reading, writing = os.pipe()
@@ -196,7 +197,7 @@ def test_whoever_vanishes_hangs_up(local: Any) -> None:
 def test_attached_processes_are_the_workloads_and_end_with_it(local: Any) -> None:
     run = local.start()
     attached = Attached(local, run, "sh", "-c", "trap 'echo term; exit 5' TERM; sleep 600 & wait")
-    deaf = Attached(local, run, "sh", "-c", "trap '' TERM; while :; do sleep 0.1; done")
+    deaf = Attached(local, run, "sh", "-c", "trap '' TERM; exec sleep 600")
     time.sleep(0.2)
     local.engine.stop(run, grace_seconds=1, reason="user")
     assert attached.finish() == ("term\n", 5)

@@ -19,6 +19,9 @@ from sublet.capacity.engines.port import EngineError
 
 LOCAL = Path(records.__file__).parents[1]
 
+# Python 3.12 warns of threads, which test runners have and these children do not use.
+forks = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+
 
 # -- what runs without the installation's packages
 
@@ -217,6 +220,7 @@ def test_generation_two_is_used_where_it_was_delegated(
     assert (cgroups.cpu_ms(run), cgroups.memory_bytes(run), cgroups.oom_kills(run)) == (4, 77, 2)
 
 
+@forks
 @pytest.mark.root
 def test_the_real_tree_of_generation_two_takes_and_gives_back_a_process() -> None:
     seen = cgroups.mounts(Path("/proc/self/mountinfo").read_text())
@@ -306,6 +310,7 @@ def test_evidence_is_whole_or_nothing(tmp_path: Path) -> None:
     os.close(fd)
 
 
+@forks
 def test_the_lock_passes_to_a_child_and_is_seen_without_taking_it(tmp_path: Path) -> None:
     folder = str(tmp_path)
     assert not records.is_locked(folder)

@@ -21,6 +21,9 @@ def worlds() -> Iterator[Worlds]:
         return made[-1]
 
     yield make
-    for world in made:
-        world.audit()
-        world.close()
+    try:
+        for world in made:
+            world.audit()
+    finally:
+        for world in made:
+            world.close()

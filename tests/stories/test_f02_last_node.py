@@ -33,8 +33,7 @@ def sites(worlds: Worlds) -> Any:
     world = worlds(devices_per_node=1, head_room_percent=0)
     stores = [open_store(world.url, world.clock, SeededIds(seed)) for seed in (101, 102)]
     apps = [
-        create_api(Deps(store=store, engine=world.line.engine, version="test"))
-        for store in stores
+        create_api(Deps(store=store, engine=world.line.engine, version="test")) for store in stores
     ]
     for app in apps:
         app.openapi()  # made when first asked for: not in fifty threads at once

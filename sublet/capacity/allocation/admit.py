@@ -41,7 +41,7 @@ from sublet.capacity.allocation.victims import Candidate, candidate_of, choose
 def admit(book: PoolBook, claim: Claim, *, now: datetime) -> Admitted | Refused:
     """Decide one sale against the book. Reads nothing else."""
     assert claim.is_sale, "the owner's claims are filed, never refused"
-    assert not claim.is_fixed
+    assert claim.term_at is None
     assert claim.released_at is None
     book = book.at(now)
     is_dated = claim.starts_at > now

@@ -11,7 +11,7 @@ it in added.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from zlib import crc32
 
@@ -173,21 +173,21 @@ def _lock(claim: Claim, slot: datetime) -> tuple[datetime | None, timedelta | No
 Rolling = Mapping[tuple[int, int, timedelta], int]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class PoolBook:
     """Who holds how much of one pool, when. `grid.slot` is the five minutes that it is made for."""
 
     pool_id: str
     generation: int
-    grid: Grid = field(repr=False)
-    supply: Counts = field(repr=False)
+    grid: Grid
+    supply: Counts
     head_room: int
     firm_shelf: int
     firm_shelf_until: datetime | None
-    nodes: Nodes | None = field(repr=False)
-    active: Counts = field(repr=False)
-    fixed: Counts = field(repr=False)
-    need: Counts = field(repr=False)
+    nodes: Nodes | None
+    active: Counts
+    fixed: Counts
+    need: Counts
     rolling: Rolling
     waiting: int
     claims: Shelves
@@ -223,6 +223,12 @@ class PoolBook:
             rolling={},
             waiting=0,
             claims=Shelves.of(()),
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"PoolBook({self.pool_id} #{self.generation}, {self.grid.slot:%Y-%m-%dT%H:%MZ}: "
+            f"{int(self.supply[0])} devices, {len(self.claims)} claims)"
         )
 
     def node_set(self, claim: Claim) -> int:

@@ -108,8 +108,8 @@ class Release:
 class Claim:
     """Somebody's right to `count` units of `devices` devices, from `starts_at` to its release.
 
-    `noticed_at` is t0. A claim with `term_at` and no `noticed_at` is pinned: its end is fixed in
-    the book, and it gets its notice at the last responsible moment. `opened_at` is the opening of
+    `noticed_at` is t0. A claim with `term_at` and no `noticed_at` is pinned: it ends then at the
+    latest, and gets its notice at the last responsible moment. `opened_at` is the opening of
     its meter: firm time counts from there, and before it the run ends unbilled, without notice.
     """
 
@@ -159,8 +159,11 @@ class Claim:
 
     @property
     def is_fixed(self) -> bool:
-        """Its end stands in the book: noticed or pinned."""
-        return self.term_at is not None
+        """Its holder was told when it ends: that stands, and it is never chosen again.
+
+        A pinned claim is not fixed: it may still be told to leave earlier, never to stay longer.
+        """
+        return self.noticed_at is not None
 
     @property
     def rung(self) -> tuple[int, int]:
@@ -218,21 +221,17 @@ def lock_term_at(claim: Claim, now: datetime) -> datetime:
     moment from its start on, and its firm time counts from there.
     """
     release = claim.release
-    if claim.term_at is not None:
-        return claim.term_at
-    if release.notice_seconds is None:
-        assert release.ends_at is not None
-        return release.ends_at
+    if claim.noticed_at is not None or release.notice_seconds is None:
+        return earliest_term_at(claim, now)
     term = max(now + timedelta(seconds=release.notice_seconds), not_ended_before(claim))
     if claim.opened_at is None:
         term = max(term, now + timedelta(seconds=release.firm_seconds))
-    return term if release.ends_at is None else max(now, min(term, release.ends_at))
+    ends = [at for at in (release.ends_at, claim.term_at) if at is not None]
+    return max(now, min([term, *ends])) if ends else term
 
 
 def lock_free_by(claim: Claim, now: datetime) -> datetime:
-    """The end of its lock: rolling until its end is fixed."""
-    if claim.free_by is not None:
-        return claim.free_by
+    """The end of its lock: rolling until its holder is told."""
     return lock_term_at(claim, now) + timedelta(seconds=claim.release.stop_seconds)
 
 

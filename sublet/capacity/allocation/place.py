@@ -9,7 +9,7 @@ can leave together live together; then the fullest node that fits, so that empty
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 Rung = tuple[int, int]
 FIRST_PARTY_RUNG: Rung = (-1, 0)
@@ -31,10 +31,11 @@ class NodeView:
     node_id: str
     slots: tuple[Slot, ...]
     is_whole: bool = True
+    free: int = field(init=False, repr=False, compare=False)
+    """Counted once: every choice asks every node."""
 
-    @property
-    def free(self) -> int:
-        return sum(slot.rung is None for slot in self.slots)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "free", sum(slot.rung is None for slot in self.slots))
 
     @property
     def is_empty(self) -> bool:
@@ -68,7 +69,7 @@ def choose_devices(
         ]
         if not fitting:
             return None
-        node = min(fitting, key=lambda node: _preference(node, devices, rung))
+        node = _preferred(fitting, devices, rung)
         if node.is_empty and node.is_whole:
             spare -= 1
         unit = _unit(node, devices)
@@ -89,16 +90,21 @@ def _whole_nodes(nodes: Sequence[NodeView], count: int) -> tuple[str, ...] | Non
     return tuple(slot.device_id for node in empty[:count] for slot in node.slots)
 
 
-def _preference(node: NodeView, devices: int, rung: Rung) -> tuple[bool, bool, bool, int, str]:
-    """Least first: nodes begun before empty ones, aligned, its own rung, then the fullest."""
+def _preferred(fitting: Sequence[NodeView], devices: int, rung: Rung) -> NodeView:
+    """Nodes begun before empty ones, aligned, its own rung, then the fullest.
+
+    Empty ones are as good as each other, and there may be many: nothing else is asked of them.
+    """
+    begun = [node for node in fitting if not (node.is_empty and node.is_whole)]
+    if not begun:
+        return min(fitting, key=lambda node: (node.free, node.node_id))
+    return min(begun, key=lambda node: _preference(node, devices, rung))
+
+
+def _preference(node: NodeView, devices: int, rung: Rung) -> tuple[bool, bool, int, str]:
+    """Least first."""
     is_alone = all(slot.rung != rung for slot in node.slots)
-    return (
-        node.is_empty and node.is_whole,
-        _aligned(node, devices) is None,
-        is_alone,
-        node.free,
-        node.node_id,
-    )
+    return _aligned(node, devices) is None, is_alone, node.free, node.node_id
 
 
 def _aligned(node: NodeView, devices: int) -> int | None:

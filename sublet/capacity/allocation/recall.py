@@ -7,8 +7,8 @@ counts as freed at its free-by and is never chosen again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 import numpy as np
@@ -138,7 +138,7 @@ def plan(
     rows = supply.rows(max(target, 0), by)
     shortfall = None
     if target < deficit:
-        shortfall = _shortfall(supply, deficit, max(target, 0))
+        shortfall = _shortfall(supply, deficit, max(target, 0), by)
     return Plan(
         pool_id=book.pool_id,
         generation=book.generation,
@@ -314,6 +314,7 @@ class _Supply:
     def take(self, target: int, by: datetime) -> list[Choice]:
         """Pick victims until `target` devices are there from `by` on. It must be reachable."""
         choices = []
+        before = set(self.picked)
         first = self.place[by]
         options = self._options(by)
         while True:
@@ -333,7 +334,7 @@ class _Supply:
                 self._pick(candidate.claim_id, options[candidate.claim_id])
             choices.append(choice)
         if len(choices) > 1:
-            self._drop_redundant(target, first)
+            self._drop_redundant(set(self.picked) - before, target, first)
         return choices
 
     def _covers(self, claim_id: str, option: _Option, at: int) -> bool:
@@ -356,10 +357,10 @@ class _Supply:
         self.picked[claim_id] = option
         self.free[self._extent(claim_id, option.free_by)] += self.able[claim_id][0].size
 
-    def _drop_redundant(self, target: int, first: int) -> None:
+    def _drop_redundant(self, picked: Collection[str], target: int, first: int) -> None:
         """Choices for several instants may overlap: whoever the others can do without stays."""
         order = sorted(
-            self.picked,
+            picked,
             key=lambda i: (
                 self._candidates[i].rung,
                 self._candidates[i].cost_micros,
@@ -379,32 +380,33 @@ class _Supply:
     def rows(self, target: int, by: datetime) -> tuple[Row, ...]:
         """What the picks and time itself deliver up to `by`, in order of time.
 
-        A row counts only what lasts without the victims of later rows, so that it holds alone. A
-        victim that gives nothing by itself yet stands in the row that it helps to last.
+        Victims of one notice go together. A row counts only what lasts without the victims of
+        later rows, so that it holds alone; who gives nothing by itself yet stands in the row that
+        lasts because of it.
         """
-        coming: dict[int, list[str]] = {}
+        coming: dict[tuple[int, datetime], list[str]] = {}
         free = self.free.copy()
-        for claim_id, option in self.picked.items():
+        for claim_id, option in sorted(self.picked.items()):
             free[self._extent(claim_id, option.free_by)] -= self.able[claim_id][0].size
-            coming.setdefault(self.place[option.free_by], []).append(claim_id)
-        lasting = _lasting(free)
+            coming.setdefault((self.place[option.free_by], option.notice_at), []).append(claim_id)
         rows: list[Row] = []
         have = 0
         waiting: list[Victim] = []
         for i, at in enumerate(self.times):
             if at > by:
                 break
-            for claim_id in coming.get(i, ()):
-                option = self.picked[claim_id]
-                free[self._extent(claim_id, option.free_by)] += self.able[claim_id][0].size
-                waiting.append(self._victim(claim_id, option))
-            if i in coming:
-                lasting = _lasting(free)
-            gained = min(int(lasting[i]), target) - have
-            if gained > 0:
-                rows.extend(_rows_at(at, gained, waiting))
-                have += gained
-                waiting = []
+            # First what comes by itself, then one notice after the other.
+            notices = sorted(notice_at for place, notice_at in coming if place == i)
+            for group in ([], *(coming[i, notice_at] for notice_at in notices)):
+                for claim_id in group:
+                    option = self.picked[claim_id]
+                    free[self._extent(claim_id, option.free_by)] += self.able[claim_id][0].size
+                    waiting.append(self._victim(claim_id, option))
+                gained = min(int(_lasting(free)[i]), target) - have
+                if gained > 0:
+                    rows.append(_row(gained, at, waiting))
+                    have += gained
+                    waiting = []
         assert not waiting, "no victim leaves for nothing"
         return tuple(rows)
 
@@ -429,46 +431,20 @@ def _lasting(free: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.minimum.accumulate(free[::-1])[::-1]
 
 
-def _rows_at(at: datetime, gained: int, victims: Sequence[Victim]) -> list[Row]:
-    """The rows of one instant: first what needs nobody's end, then one per notice.
-
-    Victims that leave so that others' devices last are in a row with those: none is empty.
-    """
-    rows: list[Row] = []
-    from_victims = sum(victim.devices for victim in victims)
-    if gained > from_victims:
-        rows.append(Row(devices=gained - from_victims, free_by=at))
-        gained = from_victims
-    groups: dict[tuple[datetime, datetime], list[Victim]] = {}
-    for victim in victims:
-        groups.setdefault((victim.notice_at, victim.term_at), []).append(victim)
-    for (notice_at, term_at), group in sorted(groups.items()):
-        devices = min(sum(victim.devices for victim in group), gained)
-        gained -= devices
-        if devices == 0:
-            rows[-1] = replace(rows[-1], victims=_by_claim([*rows[-1].victims, *group]))
-            continue
-        rows.append(
-            Row(
-                devices=devices,
-                free_by=at,
-                notice_at=notice_at,
-                term_at=term_at,
-                victims=_by_claim(group),
-            )
-        )
-    return rows
+def _row(devices: int, free_by: datetime, victims: Sequence[Victim]) -> Row:
+    return Row(
+        devices=devices,
+        free_by=free_by,
+        notice_at=min((victim.notice_at for victim in victims), default=None),
+        term_at=min((victim.term_at for victim in victims), default=None),
+        victims=tuple(sorted(victims, key=lambda victim: victim.claim_id)),
+    )
 
 
-def _by_claim(victims: Sequence[Victim]) -> tuple[Victim, ...]:
-    return tuple(sorted(victims, key=lambda victim: victim.claim_id))
-
-
-def _shortfall(supply: _Supply, deficit: int, have: int) -> PlanShortfall:
+def _shortfall(supply: _Supply, deficit: int, have: int, by: datetime) -> PlanShortfall:
     """When the rest can be had: by notice given now, or as things end; and what could be bought."""
     missing = deficit - have
-    rows: list[Row] = []
-    done = set(supply.picked)
+    last = by
     for at in supply.late:
         if have >= deficit or at not in supply.place:
             break
@@ -476,10 +452,8 @@ def _shortfall(supply: _Supply, deficit: int, have: int) -> PlanShortfall:
         if target <= have:
             continue
         supply.take(target, at)
-        victims = [supply._victim(c, o) for c, o in supply.picked.items() if c not in done]
-        done |= set(supply.picked)
-        rows.extend(replace(row, free_by=at) for row in _rows_at(at, target - have, victims))
-        have = target
+        have, last = target, at
+    rows = [row for row in supply.rows(have, last) if row.free_by > by]
     buy_back = tuple(
         BuyBack(
             claim_id=claim.id,

@@ -124,6 +124,10 @@ def _is_last_moment(claim: Claim, start: datetime, now: datetime) -> bool:
         return False
     if claim.opened_at is None and claim.release.firm_seconds > 0:
         return False
+    notice = timedelta(seconds=claim.release.notice_seconds)
+    if claim.term_at is not None and claim.term_at - notice <= now:
+        # Its pinned end is due to be told: there is no earlier one any more.
+        return False
     return (
         lock_free_by(claim, now - LATE_STEP) <= start < lock_free_by(claim, now + LOOKAHEAD)
         or lock_free_by(claim, now) == start

@@ -7,12 +7,10 @@ the claims whose generation is newer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 from weakref import WeakKeyDictionary
 
-import numpy as np
 from sqlalchemy import Connection, Engine
 
 from sublet.base.store import Work
@@ -21,6 +19,7 @@ from sublet.capacity.allocation import admit as admission
 from sublet.capacity.allocation import place as placing
 from sublet.capacity.allocation import roll, store
 from sublet.capacity.allocation.book import Nodes, PoolBook, head_room_of
+from sublet.capacity.allocation.floor import Floor, rung_of
 from sublet.capacity.allocation.model import (
     WITHDRAWN_REST,
     Admitted,
@@ -37,7 +36,6 @@ from sublet.capacity.allocation.model import (
     Refused,
     earliest_term_at,
 )
-from sublet.capacity.fleet import Device
 
 SPOT_INTERRUPTION = "spot_interruption"
 OWNER_RECALL = "owner_recall"
@@ -46,18 +44,22 @@ RECALL_PREFIX = "rec_"
 NOTICE_SLACK = timedelta(seconds=2)
 """A pinned claim is told this much before its last moment, so that its end need not move."""
 
-_committed: WeakKeyDictionary[Engine, dict[str, PoolBook]] = WeakKeyDictionary()
-"""By database and pool, the newest committed book that this process has seen. Books are immutable:
-two threads may both bring one up to date, and either result is right."""
+MANY_CHANGES = 500
+"""A process that is so far behind reads all that is held instead."""
+
+_committed: WeakKeyDictionary[Engine, dict[str, tuple[PoolBook, Floor]]] = WeakKeyDictionary()
+"""By database and pool, the newest committed book that this process has seen, and the floor that
+goes with it. Both are immutable: two threads may both bring them up to date, and either result is
+right."""
 
 
 def get_book(work: Work | Connection, pool_id: str, *, now: datetime | None = None) -> PoolBook:
     """The pool's book as this transaction sees it. A bare connection must say `now`."""
     if isinstance(work, Work):
         changed: PoolBook | None = work.facts.get(_fact(pool_id))
-        return changed if changed is not None else _load(work.tx, pool_id, work.now)
+        return changed if changed is not None else _load(work.tx, pool_id, work.now)[0]
     assert now is not None, "only a Work brings its own time"
-    return _load(work, pool_id, now)
+    return _load(work, pool_id, now)[0]
 
 
 def admit(work: Work, claim: Claim) -> Admitted | Refused:
@@ -79,7 +81,7 @@ def admit(work: Work, claim: Claim) -> Admitted | Refused:
         if pin.notice_at <= work.now + NOTICE_SLACK:
             give_notice(work, pin.claim_id, reason=SPOT_INTERRUPTION, term_at=pin.term_at)
     if kept.starts_at <= work.now and not kept.whole_node:
-        place(work, kept.id)
+        _bind(work, kept)
     return replace(decision, claim=kept)
 
 
@@ -117,7 +119,7 @@ def give_notice(work: Work, claim_id: str, *, reason: str, term_at: datetime) ->
     """Fix the claim's end and tell its holder: SIGTERM at `term_at`, free by then + stop.
 
     A claim already noticed keeps the notice it has. `term_at` must not lie before its release
-    allows. Where an end was pinned before, the later of the two stands.
+    allows. A pinned end is not put off for it, but by a notice that comes late.
     """
     claim = _locked(work, claim_id)
     assert claim.released_at is None
@@ -131,12 +133,18 @@ def give_notice(work: Work, claim_id: str, *, reason: str, term_at: datetime) ->
         )
     earliest = earliest_term_at(claim, work.now)
     if claim.term_at is not None:
-        # The loop may be late for a pinned end; the notice promised to the holder comes first.
-        term_at = max(term_at, claim.term_at, earliest)
+        # Somebody of higher rank waits for the pinned end; the notice sold comes before that.
+        term_at = max(min(term_at, claim.term_at), earliest)
     assert term_at >= earliest, "nobody is ended before its release allows"
     free_by = term_at + timedelta(seconds=claim.release.stop_seconds)
     noticed = replace(
-        claim, noticed_at=work.now, notice_reason=reason, term_at=term_at, free_by=free_by
+        claim,
+        noticed_at=work.now,
+        notice_reason=reason,
+        term_at=term_at,
+        free_by=free_by,
+        # A notice for another cause is not void when the displacing sale is.
+        displaced_by=claim.displaced_by if reason == SPOT_INTERRUPTION else None,
     )
     (kept,) = _write(work, [], [noticed])
     work.emit(
@@ -197,6 +205,7 @@ def release(work: Work, claim_id: str) -> None:
         raise ParentInUse
     store.end_placements(work.tx, claim_id, work.now)
     (kept,) = _write(work, [], [replace(claim, released_at=work.now)])
+    _stand(work, [kept], store.placements_of_all(work.tx, [kept.id]))
     work.emit(ClaimReleased(claim_id=kept.id, holder=kept.holder, pool_id=kept.pool_id))
     _restore_displaced(work, kept)
 
@@ -221,7 +230,8 @@ def release_around(work: Work, claim_id: str) -> frozenset[str]:
     for child in children:
         store.raise_placements(work.tx, child.id, work.now)
     alone = [replace(child, parent_claim_id=None) for child in children]
-    _write(work, [], [*alone, replace(claim, released_at=work.now)])
+    written = _write(work, [], [*alone, replace(claim, released_at=work.now)])
+    _stand(work, written, store.placements_of_all(work.tx, [one.id for one in written]))
     work.emit(ClaimReleased(claim_id, claim.holder, claim.pool_id))
     return frozenset(kept)
 
@@ -265,21 +275,25 @@ def place(work: Work, claim_id: str) -> tuple[str, ...] | None:
         return tuple(row.device_id for row in held)
     if claim.starts_at > work.now:
         return None
-    devices = fleet.sellable_devices(work.tx, claim.pool_id)
-    placed = store.list_placements(work.tx, claim.pool_id)
+    found = _bind(work, claim)
+    if found is not None:
+        # By the claim's new generation other processes know that its placements have changed.
+        _write(work, [], [claim])
+    return found
+
+
+def _bind(work: Work, claim: Claim) -> tuple[str, ...] | None:
+    """Devices for a claim that has none."""
+    floor = _floor(work, claim.pool_id)
     level = 0 if claim.parent_claim_id is None else 1
-    if level == 0:
-        found = _place_top(work, claim, devices, placed)
-    else:
-        found = _place_child(claim, devices, placed)
+    found = _choose(work, claim, floor) if level == 0 else _choose_inside(work, claim)
     if found is None:
         return None
-    nodes = {device.id: device.node_id for device in devices}
     rows = [
         store.Placement(
             claim_id=claim.id,
             pool_id=claim.pool_id,
-            node_id=nodes[device_id],
+            node_id=floor.node_of[device_id],
             device_id=device_id,
             level=level,
             starts_at=work.now,
@@ -288,45 +302,38 @@ def place(work: Work, claim_id: str) -> tuple[str, ...] | None:
         for device_id in found
     ]
     store.insert_placements(work.tx, rows)
+    _stand(work, [claim], rows)
     return found
 
 
-def _place_top(
-    work: Work, claim: Claim, devices: list[Device], placed: list[store.Placement]
-) -> tuple[str, ...] | None:
+def _choose(work: Work, claim: Claim, floor: Floor) -> tuple[str, ...] | None:
     book = _open(work, claim.pool_id)
-    top = {row.device_id: row.claim_id for row in placed if row.level == 0}
-    bound = set(top.values())
+    waiting = [_held(book, claim_id) for claim_id in sorted(floor.unbound - {claim.id})]
     unbound = [
         other
-        for other in book.claims
-        if other.id != claim.id
-        and other.id not in bound
-        and other.parent_claim_id is None
-        and other.starts_at <= work.now
-        and _right_of_way(other) < _right_of_way(claim)
+        for other in waiting
+        if other.starts_at <= work.now and _right_of_way(other) < _right_of_way(claim)
     ]
-    free = sum(device.id not in top for device in devices)
-    if free - sum(other.size for other in unbound) < claim.size:
+    views = floor.views
+    if sum(view.free for view in views) - sum(other.size for other in unbound) < claim.size:
         return None
-    views = _views(book, devices, top)
     return placing.choose_devices(
         views,
         devices=claim.devices,
         count=claim.count,
-        rung=_rung(claim),
+        rung=rung_of(claim),
         whole_node=claim.whole_node,
         kept_empty=sum(other.count for other in unbound if other.whole_node),
     )
 
 
-def _place_child(
-    claim: Claim, devices: list[Device], placed: list[store.Placement]
-) -> tuple[str, ...] | None:
+def _choose_inside(work: Work, claim: Claim) -> tuple[str, ...] | None:
+    """Devices of its parent that no other child holds."""
+    placed = store.list_placements(work.tx, claim.pool_id)
     taken = {row.device_id for row in placed if row.level == 1}
     own = {row.device_id for row in placed if row.claim_id == claim.parent_claim_id}
     by_node: dict[str, list[placing.Slot]] = {}
-    for device in devices:
+    for device in fleet.sellable_devices(work.tx, claim.pool_id):
         if device.id in own:
             rung = placing.FIRST_PARTY_RUNG if device.id in taken else None
             by_node.setdefault(device.node_id, []).append(
@@ -360,28 +367,6 @@ def _right_of_way(claim: Claim) -> tuple[int, datetime, str]:
     return place_in_line, claim.starts_at, claim.id
 
 
-def _rung(claim: Claim) -> placing.Rung:
-    return claim.rung if claim.is_sale else placing.FIRST_PARTY_RUNG
-
-
-def _views(book: PoolBook, devices: list[Device], top: Mapping[str, str]) -> list[placing.NodeView]:
-    by_node: dict[str, list[placing.Slot]] = {}
-    for device in devices:
-        holder = top.get(device.id)
-        claim = None if holder is None else book.find(holder)
-        rung = (
-            None
-            if holder is None
-            else (placing.FIRST_PARTY_RUNG if claim is None else _rung(claim))
-        )
-        by_node.setdefault(device.node_id, []).append(placing.Slot(device_id=device.id, rung=rung))
-    largest = max((len(slots) for slots in by_node.values()), default=0)
-    return [
-        placing.NodeView(node_id=node_id, slots=tuple(slots), is_whole=len(slots) == largest)
-        for node_id, slots in sorted(by_node.items())
-    ]
-
-
 def open_pool(work: Work, pool_id: str, *, firm_shelf_devices: int = 0) -> None:
     """Begin the book of a pool with so many devices on the firm shelf. Begun already: no effect."""
     if store.find_pool(work.tx, pool_id) is None:
@@ -396,7 +381,8 @@ def set_firm_shelf(work: Work, pool_id: str, devices: int, until: datetime | Non
     assert devices >= 0
     book = _open(work, pool_id)
     store.keep_firm_shelf(work.tx, pool_id, devices, until)
-    generation = store.next_generation(work.tx, pool_id)
+    generation = book.generation + 1
+    store.keep_generation(work.tx, pool_id, generation)
     changed = book.with_changes((), generation).with_firm_shelf(devices, until)
     work.facts[_fact(pool_id)] = changed
 
@@ -449,6 +435,10 @@ def _fact(pool_id: str) -> str:
     return f"allocation.book:{pool_id}"
 
 
+def _floor_fact(pool_id: str) -> str:
+    return f"allocation.floor:{pool_id}"
+
+
 def _open(work: Work, pool_id: str) -> PoolBook:
     """Take the pool's row, once a Work, and return the book with this Work's changes."""
     book: PoolBook | None = work.facts.get(_fact(pool_id))
@@ -458,28 +448,54 @@ def _open(work: Work, pool_id: str) -> PoolBook:
         fleet.get_pool(work.tx, pool_id)
         store.open_pool(work.tx, pool_id)
         store.lock_pool(work.tx, pool_id)
-    book = _load(work.tx, pool_id, work.now)
+    book, floor = _load(work.tx, pool_id, work.now)
     work.facts[_fact(pool_id)] = book
+    work.facts[_floor_fact(pool_id)] = floor
     return book
+
+
+def _floor(work: Work, pool_id: str) -> Floor:
+    """Who stands where in a pool whose row is held, with this Work's changes."""
+    book, roster = _open(work, pool_id), fleet.get_roster(work.tx, pool_id)
+    floor: Floor = work.facts[_floor_fact(pool_id)]
+    if floor.edition != roster.edition:
+        floor = Floor.of(roster, book.claims, store.list_placements(work.tx, pool_id))
+        work.facts[_floor_fact(pool_id)] = floor
+    return floor
+
+
+def _stand(work: Work, claims: list[Claim], placements: list[store.Placement]) -> None:
+    """Bring the floor up to date; `placements`: all of these claims, ended ones too."""
+    (pool_id,) = {claim.pool_id for claim in claims}
+    floor: Floor = work.facts[_floor_fact(pool_id)]
+    work.facts[_floor_fact(pool_id)] = floor.with_placements(claims, placements)
 
 
 def _write(work: Work, new: list[Claim], changed: list[Claim]) -> list[Claim]:
     """Write claims under one new generation. The pool's row is held; returns them as written."""
     (pool_id,) = {claim.pool_id for claim in (*new, *changed)}
-    generation = store.next_generation(work.tx, pool_id)
+    book = _open(work, pool_id)
+    generation = book.generation + 1
+    store.keep_generation(work.tx, pool_id, generation)
     new = [replace(claim, generation=generation) for claim in new]
     changed = [replace(claim, generation=generation) for claim in changed]
     for claim in new:
         store.insert_claim(work.tx, claim)
     for claim in changed:
         store.update_claim(work.tx, claim)
-    book = _open(work, pool_id)
     work.facts[_fact(pool_id)] = book.with_changes([*new, *changed], generation)
+    if new:
+        _stand(work, new, [])
     return [*new, *changed]
 
 
 def _locked(work: Work, claim_id: str) -> Claim:
-    """The claim, read again after its pool's row is held."""
+    """The claim as it is once its pool's row is held: the book of a Work that holds it knows."""
+    books: list[PoolBook] = [b for name, b in work.facts.items() if name.startswith(_fact(""))]
+    for book in books:
+        found = book.find(claim_id)
+        if found is not None:
+            return found
     pool_id = store.get_claim(work.tx, claim_id).pool_id
     _open(work, pool_id)
     return store.get_claim(work.tx, claim_id)
@@ -491,65 +507,42 @@ def _held(book: PoolBook, claim_id: str) -> Claim:
     return found
 
 
-def _load(tx: Connection, pool_id: str, now: datetime) -> PoolBook:
-    """The committed book, from the cache where that is no newer than this transaction."""
+def _load(tx: Connection, pool_id: str, now: datetime) -> tuple[PoolBook, Floor]:
+    """The committed book and floor, from the cache where that is no newer than this transaction."""
     row = store.find_pool(tx, pool_id)
-    pool = fleet.get_pool(tx, pool_id)
+    roster = fleet.get_roster(tx, pool_id)
     if row is None:
         row = store.PoolRow(
             pool_id=pool_id, generation=0, firm_shelf_devices=0, firm_shelf_until=None
         )
     cache = _committed.setdefault(tx.engine, {})
     cached = cache.get(pool_id)
-    if cached is not None and cached.generation <= row.generation:
-        changed = store.list_changed_claims(tx, pool_id, cached.generation)
-        book = cached.at(now).with_changes(changed, row.generation)
-    else:
+    if cached is None or cached[0].generation > row.generation:
         blank = PoolBook.empty(pool_id, now=now, supply=0)
         book = blank.with_changes(store.list_active_claims(tx, pool_id), row.generation)
-    devices = fleet.sellable_devices(tx, pool_id)
-    nodes = _nodes(tx, pool_id, book, devices, now)
-    book = book.with_supply(
-        len(devices), head_room_of(len(devices), pool.head_room_percent), nodes
-    ).with_firm_shelf(row.firm_shelf_devices, row.firm_shelf_until)
-    if cached is None or cached.generation <= row.generation:
-        cache[pool_id] = book
-    return book
+        floor = Floor.of(roster, book.claims, store.list_placements(tx, pool_id))
+    else:
+        book, floor = cached[0].at(now), cached[1]
+        changed: list[Claim] = []
+        if book.generation != row.generation:
+            changed = store.list_changed_claims(tx, pool_id, book.generation)
+            book = book.with_changes(changed, row.generation)
+        if floor.edition != roster.edition or len(changed) > MANY_CHANGES:
+            floor = Floor.of(roster, book.claims, store.list_placements(tx, pool_id))
+        elif changed:
+            rows = store.placements_of_all(tx, [claim.id for claim in changed])
+            floor = floor.with_placements(changed, rows)
+    supply = len(roster.sellable)
+    head_room = head_room_of(supply, roster.pool.head_room_percent)
+    book = book.with_supply(supply, head_room, _nodes(book, floor, now))
+    book = book.with_firm_shelf(row.firm_shelf_devices, row.firm_shelf_until)
+    if cached is None or cached[0].generation <= row.generation:
+        cache[pool_id] = book, floor
+    return book, floor
 
 
-def _nodes(
-    tx: Connection, pool_id: str, book: PoolBook, devices: list[Device], now: datetime
-) -> Nodes | None:
+def _nodes(book: PoolBook, floor: Floor, now: datetime) -> Nodes | None:
     """The pool's nodes as columns; None where there is one."""
-    ids = sorted({device.node_id for device in devices})
-    if len(ids) < 2:
-        return None
-    column = {node_id: i for i, node_id in enumerate(ids)}
-    count = np.zeros(len(ids), np.int32)
-    for device in devices:
-        count[column[device.node_id]] += 1
-    sellable = {device.id for device in devices}
-    free = count.copy()
-    fraction_nodes: set[str] = set()
-    bound: set[str] = set()
-    for row in store.list_placements(tx, pool_id):
-        if row.level != 0:
-            continue
-        bound.add(row.claim_id)
-        if row.device_id in sellable:
-            free[column[row.node_id]] -= 1
-        claim = book.find(row.claim_id)
-        if claim is not None and not claim.whole_node:
-            fraction_nodes.add(row.node_id)
-    unbound = sum(
-        claim.count
-        for claim in book.claims
-        if claim.whole_node and claim.id not in bound and claim.starts_at <= now
-    )
-    return Nodes(
-        size=int(count.max()),
-        devices=count,
-        free=free,
-        fractions=len(fraction_nodes),
-        unbound_whole=unbound,
-    )
+    promised = (_held(book, claim_id) for claim_id in floor.unbound)
+    unbound = sum(c.count for c in promised if c.whole_node and c.starts_at <= now)
+    return floor.nodes(unbound_whole=unbound)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -115,12 +115,30 @@ class Placement:
     ends_at: datetime | None
 
 
+# What every rent runs is built once: building a statement costs more than running it.
+_POOL = sa.select(pools).where(pools.c.pool_id == sa.bindparam("pool"))
+_CHANGE_POOL = pools.update().where(pools.c.pool_id == sa.bindparam("pool"))
+_LOCK = _CHANGE_POOL.values(generation=pools.c.generation)
+_CLAIM = sa.select(claims).where(claims.c.id == sa.bindparam("claim"))
+_UPDATE_CLAIM = claims.update().where(claims.c.id == sa.bindparam("claim"))
+_CHANGED_CLAIMS = (
+    sa.select(claims)
+    .where(claims.c.pool_id == sa.bindparam("pool"), claims.c.generation > sa.bindparam("after"))
+    .order_by(claims.c.seq)
+)
+_HELD = sa.select(placements).where(placements.c.ends_at.is_(None)).order_by(placements.c.seq)
+_HELD_BY = _HELD.where(placements.c.claim_id == sa.bindparam("claim"))
+_OF_CLAIMS = (
+    sa.select(placements)
+    .where(placements.c.claim_id.in_(sa.bindparam("ids", expanding=True)))
+    .order_by(placements.c.seq)
+)
+_HELD_IN = _HELD.where(placements.c.pool_id == sa.bindparam("pool"))
+
+
 def lock_pool(tx: Connection, pool_id: str) -> bool:
     """Take the pool's row for this transaction; False if the pool has no row yet."""
-    found = tx.execute(
-        pools.update().where(pools.c.pool_id == pool_id).values(generation=pools.c.generation)
-    )
-    return found.rowcount > 0
+    return tx.execute(_LOCK, {"pool": pool_id}).rowcount > 0
 
 
 def open_pool(tx: Connection, pool_id: str) -> None:
@@ -137,7 +155,7 @@ def open_pool(tx: Connection, pool_id: str) -> None:
 
 
 def find_pool(tx: Connection, pool_id: str) -> PoolRow | None:
-    row = tx.execute(sa.select(pools).where(pools.c.pool_id == pool_id)).one_or_none()
+    row = tx.execute(_POOL, {"pool": pool_id}).one_or_none()
     return None if row is None else PoolRow(**row._mapping)
 
 
@@ -145,11 +163,9 @@ def list_pool_ids(tx: Connection) -> list[str]:
     return list(tx.execute(sa.select(pools.c.pool_id).order_by(pools.c.pool_id)).scalars())
 
 
-def next_generation(tx: Connection, pool_id: str) -> int:
-    """Count one change of the pool. Its row must be locked."""
-    where = pools.c.pool_id == pool_id
-    tx.execute(pools.update().where(where).values(generation=pools.c.generation + 1))
-    return int(tx.execute(sa.select(pools.c.generation).where(where)).scalar_one())
+def keep_generation(tx: Connection, pool_id: str, generation: int) -> None:
+    """Count one change of the pool. Its row must be locked, and its book known."""
+    tx.execute(_CHANGE_POOL, {"pool": pool_id, "generation": generation})
 
 
 def keep_firm_shelf(tx: Connection, pool_id: str, devices: int, until: datetime | None) -> None:
@@ -161,17 +177,17 @@ def keep_firm_shelf(tx: Connection, pool_id: str, devices: int, until: datetime 
 
 
 def insert_claim(tx: Connection, claim: Claim) -> None:
-    tx.execute(claims.insert().values(_row(claim)))
+    tx.execute(claims.insert(), _row(claim))
 
 
 def update_claim(tx: Connection, claim: Claim) -> None:
-    changed = tx.execute(claims.update().where(claims.c.id == claim.id).values(_row(claim)))
+    changed = tx.execute(_UPDATE_CLAIM, {"claim": claim.id, **_row(claim)})
     assert changed.rowcount == 1
 
 
 def get_claim(tx: Connection, claim_id: str) -> Claim:
     """Raises ClaimNotFound."""
-    row = tx.execute(sa.select(claims).where(claims.c.id == claim_id)).one_or_none()
+    row = tx.execute(_CLAIM, {"claim": claim_id}).one_or_none()
     if row is None:
         raise ClaimNotFound
     return _claim(row)
@@ -209,11 +225,7 @@ def list_children(tx: Connection, claim_id: str) -> list[Claim]:
 
 def list_changed_claims(tx: Connection, pool_id: str, after: int) -> list[Claim]:
     """Claims that changed since a generation, released ones included."""
-    rows = tx.execute(
-        sa.select(claims)
-        .where(claims.c.pool_id == pool_id, claims.c.generation > after)
-        .order_by(claims.c.seq)
-    )
+    rows = tx.execute(_CHANGED_CLAIMS, {"pool": pool_id, "after": after})
     return [_claim(row) for row in rows]
 
 
@@ -270,24 +282,17 @@ def raise_placements(tx: Connection, claim_id: str, at: datetime) -> None:
 
 def placements_of(tx: Connection, claim_id: str) -> list[Placement]:
     """The devices a claim holds now."""
-    return _placements(
-        tx.execute(
-            sa.select(placements)
-            .where(placements.c.claim_id == claim_id, placements.c.ends_at.is_(None))
-            .order_by(placements.c.seq)
-        )
-    )
+    return _placements(tx.execute(_HELD_BY, {"claim": claim_id}))
+
+
+def placements_of_all(tx: Connection, claim_ids: Collection[str]) -> list[Placement]:
+    """All that these claims hold or have held."""
+    return _placements(tx.execute(_OF_CLAIMS, {"ids": sorted(claim_ids)})) if claim_ids else []
 
 
 def list_placements(tx: Connection, pool_id: str) -> list[Placement]:
     """Everything that is held in a pool now, at both levels."""
-    return _placements(
-        tx.execute(
-            sa.select(placements)
-            .where(placements.c.pool_id == pool_id, placements.c.ends_at.is_(None))
-            .order_by(placements.c.seq)
-        )
-    )
+    return _placements(tx.execute(_HELD_IN, {"pool": pool_id}))
 
 
 def holder_of_device(tx: Connection, device_id: str) -> Claim | None:

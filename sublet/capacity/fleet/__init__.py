@@ -25,6 +25,7 @@ from sublet.capacity.fleet.model import (
     Site,
     missing_for_strangers,
 )
+from sublet.capacity.fleet.roster import Roster, get_roster, list_rosters, sellable_devices
 from sublet.capacity.fleet.service import (
     enrol,
     get_cost,
@@ -44,15 +45,14 @@ from sublet.capacity.fleet.states import (
 )
 from sublet.capacity.fleet.store import (
     get_device,
+    get_devices,
     get_node,
     get_pool,
     get_site,
-    largest_node,
     list_devices,
     list_nodes,
     list_pools,
     list_sites,
-    sellable_devices,
 )
 
 __all__ = [
@@ -69,19 +69,22 @@ __all__ = [
     "NodeStateRefused",
     "Pool",
     "PoolNotFound",
+    "Roster",
     "Site",
     "enrol",
     "floor_micros_per_device_hour",
     "get_cost",
     "get_device",
+    "get_devices",
     "get_node",
     "get_pool",
+    "get_roster",
     "get_site",
-    "largest_node",
     "list_costs",
     "list_devices",
     "list_nodes",
     "list_pools",
+    "list_rosters",
     "list_sites",
     "load_costs",
     "look",

@@ -78,7 +78,7 @@ def enrol(
             start_failures=0,
             version=1,
         )
-        store.insert_node(work.tx, node)
+        store.insert_node(work, node)
         _begin_devices(work, node, found)
         # The engine's own probes are this machine's burn-in: it has just run them.
         set_node_state(work, node.id, NodeState.BURN_IN, "enrolled")
@@ -88,7 +88,7 @@ def enrol(
         known = {device.name for device in store.devices_of_node(work.tx, node.id)}
         _begin_devices(work, node, [d for d in found if d.name not in known])
         node = store.update_node(
-            work.tx,
+            work,
             node,
             boot_id=inventory.boot_id,
             fences=fences,
@@ -114,7 +114,7 @@ def look(work: Work, node_id: str, inventory: Inventory) -> None:
         after = judge(before, seen_well=device.name in well, now=work.now)
         if after == before:
             continue
-        store.keep_sight(work.tx, device.id, after)
+        store.keep_sight(work, device, after)
         if after.healthy == before.healthy:
             continue
         event = DeviceUp if after.healthy else DeviceDown
@@ -145,7 +145,7 @@ def set_node_state(work: Work, node_id: str, state: NodeState | str, why: str) -
             allowed=[str(s) for s in allowed],
         )
     failures = 0 if target == NodeState.PRODUCTION else node.start_failures
-    changed = store.update_node(work.tx, node, state=target, start_failures=failures)
+    changed = store.update_node(work, node, state=target, start_failures=failures)
     _switch_devices(work, node.state, changed)
     work.emit(NodeStateChanged(node.id, node.pool_id, str(node.state), str(target), why))
     return changed
@@ -154,7 +154,7 @@ def set_node_state(work: Work, node_id: str, state: NodeState | str, why: str) -
 def note_start_failure(work: Work, node_id: str) -> Node:
     """A run did not start here. The third in a row takes the node out: triage."""
     node = store.get_node_locked(work.tx, node_id)
-    node = store.update_node(work.tx, node, start_failures=node.start_failures + 1)
+    node = store.update_node(work, node, start_failures=node.start_failures + 1)
     is_too_many = node.start_failures >= START_FAILURES_TO_TRIAGE
     if is_too_many and NodeState.TRIAGE in reachable_states(node.state):
         why = f"{node.start_failures} starts in a row failed"
@@ -165,7 +165,7 @@ def note_start_failure(work: Work, node_id: str) -> Node:
 def note_start_success(work: Work, node_id: str) -> Node:
     """A run started here: earlier failures no longer count."""
     node = store.get_node_locked(work.tx, node_id)
-    return store.update_node(work.tx, node, start_failures=0) if node.start_failures else node
+    return store.update_node(work, node, start_failures=0) if node.start_failures else node
 
 
 def resting_use(tx: Connection, device_id: str) -> RestingUse:
@@ -194,7 +194,7 @@ def set_pool(
             raise Invalid(f"`{name}` is a whole number from {low} to {high}.", param=name)
     values = {name: value for name, (value, _, _) in given.items() if value is not None}
     if values:
-        store.update_pool(work.tx, pool_id, **values)
+        store.update_pool(work, pool_id, **values)
     return store.get_pool(work.tx, pool_id)
 
 
@@ -296,7 +296,7 @@ def _pool(work: Work, site: Site, found: Sequence[FoundDevice], inventory: Inven
         return_promise_seconds=ORDINARY_RETURN_SECONDS + scrub,
         outbound=inventory.outbound,
     )
-    store.insert_pool(work.tx, pool)
+    store.insert_pool(work, pool)
     return pool
 
 
@@ -309,7 +309,7 @@ def _refresh_pool(
     memory = min(_memory(found), pool.memory_bytes) if others else _memory(found)
     outbound = "none" if others and inventory.outbound == "none" else pool.outbound
     store.update_pool(
-        work.tx,
+        work,
         pool.id,
         memory_bytes=memory,
         outbound=outbound if others else inventory.outbound,
@@ -329,7 +329,7 @@ def _begin_devices(work: Work, node: Node, found: Sequence[FoundDevice]) -> None
         )
         for device in found
     ]
-    store.insert_devices(work.tx, new)
+    store.insert_devices(work, new)
     for device in new:
         use = use_at_rest(node.state, healthy=device.healthy)
         metering.begin_device(work, device.id, use, work.now)
@@ -346,5 +346,6 @@ def _switch_unheld(work: Work, device_id: str, use: RestingUse) -> None:
     """A device in somebody's hands stays so until its holder's meter closes: else device time
     and usage would differ. Whoever lets it go asks `resting_use`."""
     last = metering.list_spans(work.tx, device_id)[-1]
-    if last.use in UNHELD_USES:
+    # Overhead that names somebody is the making ready or the scrub of their run.
+    if last.use in UNHELD_USES and not last.ref:
         metering.switch_device(work, device_id, use, work.now)

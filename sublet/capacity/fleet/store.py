@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from sublet.base.store import Instant, Json, metadata
+from sublet.base.store import Instant, Json, Work, metadata
 from sublet.capacity.fleet.costs import DeviceFacts, SiteFacts
 from sublet.capacity.fleet.model import (
     Device,
@@ -50,8 +50,10 @@ pools = sa.Table(
     sa.Column("scrub_seconds", sa.Integer, nullable=False),
     sa.Column("return_promise_seconds", sa.Integer, nullable=False),
     sa.Column("outbound", sa.String(24), nullable=False),
+    sa.Column("edition", sa.String(40), nullable=False),
     sa.UniqueConstraint("site_id", "name"),
 )
+"""`edition` is new with every change of the pool, its nodes or its devices, and never comes back."""
 
 nodes = sa.Table(
     "fleet_node",
@@ -142,24 +144,42 @@ def update_site_facts(tx: Connection, site_id: str, facts: SiteFacts) -> None:
     )
 
 
+_POOLS = sa.select(pools).order_by(pools.c.seq)
+_POOL = sa.select(pools).where(pools.c.id == sa.bindparam("pool"))
+_EDITION = pools.update().where(pools.c.id == sa.bindparam("pool"))
+
+
 def get_pool(tx: Connection, pool_id: str) -> Pool:
-    row = tx.execute(sa.select(pools).where(pools.c.id == pool_id)).one_or_none()
+    return get_pool_edition(tx, pool_id)[0]
+
+
+def get_pool_edition(tx: Connection, pool_id: str) -> tuple[Pool, str]:
+    row = tx.execute(_POOL, {"pool": pool_id}).one_or_none()
     if row is None:
         raise PoolNotFound(param="pool_id")
-    return _pool(row)
+    return _pool(row), row.edition
+
+
+def list_pool_editions(tx: Connection) -> list[tuple[Pool, str]]:
+    return [(_pool(row), row.edition) for row in tx.execute(_POOLS)]
+
+
+def _edited(work: Work, pool_id: str) -> None:
+    work.tx.execute(_EDITION, {"pool": pool_id, "edition": work.ids.new("ed")})
 
 
 def list_pools(tx: Connection) -> list[Pool]:
     """All pools, oldest first."""
-    return [_pool(row) for row in tx.execute(sa.select(pools).order_by(pools.c.seq))]
+    return [_pool(row) for row in tx.execute(_POOLS)]
 
 
-def insert_pool(tx: Connection, pool: Pool) -> None:
-    tx.execute(pools.insert().values(**asdict(pool)))
+def insert_pool(work: Work, pool: Pool) -> None:
+    work.tx.execute(pools.insert().values(**asdict(pool), edition=work.ids.new("ed")))
 
 
-def update_pool(tx: Connection, pool_id: str, **values: Any) -> None:
-    tx.execute(pools.update().where(pools.c.id == pool_id).values(**values))
+def update_pool(work: Work, pool_id: str, **values: Any) -> None:
+    work.tx.execute(pools.update().where(pools.c.id == pool_id).values(**values))
+    _edited(work, pool_id)
 
 
 def get_node(tx: Connection, node_id: str) -> Node:
@@ -189,23 +209,35 @@ def list_nodes(tx: Connection, pool_id: str | None = None) -> list[Node]:
     return [_node(row) for row in tx.execute(query)]
 
 
-def insert_node(tx: Connection, node: Node) -> None:
-    tx.execute(nodes.insert().values(**{**asdict(node), "fences": dict(node.fences)}))
+def insert_node(work: Work, node: Node) -> None:
+    work.tx.execute(nodes.insert().values(**{**asdict(node), "fences": dict(node.fences)}))
+    _edited(work, node.pool_id)
 
 
-def update_node(tx: Connection, node: Node, **values: Any) -> Node:
+def update_node(work: Work, node: Node, **values: Any) -> Node:
     """Change a node; its version rises by one."""
-    tx.execute(
+    work.tx.execute(
         nodes.update().where(nodes.c.id == node.id).values(version=node.version + 1, **values)
     )
-    return get_node(tx, node.id)
+    _edited(work, node.pool_id)
+    return get_node(work.tx, node.id)
+
+
+_DEVICES = sa.select(devices).where(devices.c.id.in_(sa.bindparam("ids", expanding=True)))
+
+
+def get_devices(tx: Connection, device_ids: Sequence[str]) -> list[Device]:
+    """In the order asked for. DeviceNotFound: one of them is not there."""
+    rows = tx.execute(_DEVICES, {"ids": list(device_ids)})
+    found = {row.id: _device(row) for row in rows}
+    if len(found) < len(set(device_ids)):
+        raise DeviceNotFound(param="device_id")
+    return [found[device_id] for device_id in device_ids]
 
 
 def get_device(tx: Connection, device_id: str) -> Device:
-    row = tx.execute(sa.select(devices).where(devices.c.id == device_id)).one_or_none()
-    if row is None:
-        raise DeviceNotFound(param="device_id")
-    return _device(row)
+    [found] = get_devices(tx, [device_id])
+    return found
 
 
 def list_devices(tx: Connection, pool_id: str) -> list[Device]:
@@ -217,31 +249,16 @@ def devices_of_node(tx: Connection, node_id: str) -> list[Device]:
     return _devices(tx, devices.c.node_id == node_id)
 
 
-def sellable_devices(tx: Connection, pool_id: str) -> list[Device]:
-    """Devices that may be placed on now: healthy, and their node is in production."""
-    in_production = sa.select(nodes.c.id).where(nodes.c.state == NodeState.PRODUCTION)
-    return _devices(
-        tx,
-        devices.c.pool_id == pool_id,
-        devices.c.healthy.is_(True),
-        devices.c.node_id.in_(in_production),
-    )
-
-
-def largest_node(tx: Connection, pool_id: str) -> int:
-    """How many devices the largest node of a pool has, whatever their state; 0: the pool is bare."""
-    count = sa.func.count()
-    query = sa.select(count).where(devices.c.pool_id == pool_id).group_by(devices.c.node_id)
-    return int(tx.execute(query.order_by(count.desc()).limit(1)).scalar() or 0)
-
-
-def insert_devices(tx: Connection, new: Sequence[Device]) -> None:
+def insert_devices(work: Work, new: Sequence[Device]) -> None:
     if new:
-        tx.execute(devices.insert(), [asdict(device) for device in new])
+        work.tx.execute(devices.insert(), [asdict(device) for device in new])
+    for pool_id in {device.pool_id for device in new}:
+        _edited(work, pool_id)
 
 
-def keep_sight(tx: Connection, device_id: str, sight: Sight) -> None:
-    tx.execute(devices.update().where(devices.c.id == device_id).values(**asdict(sight)))
+def keep_sight(work: Work, device: Device, sight: Sight) -> None:
+    work.tx.execute(devices.update().where(devices.c.id == device.id).values(**asdict(sight)))
+    _edited(work, device.pool_id)
 
 
 def list_facts(tx: Connection) -> list[DeviceFacts]:

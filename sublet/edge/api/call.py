@@ -109,11 +109,12 @@ def once(
     made = do()
     code = _status(status, made)
     sent = dict(headers(made)) if headers else {}
+    answer = made.model_dump(mode="json")
     if asked.idempotency_key is not None:
-        answer = (keep(made) if keep else made).model_dump(mode="json")
-        kept_text = json.dumps({"answer": answer, "headers": sent})
+        kept = keep(made).model_dump(mode="json") if keep else answer
+        kept_text = json.dumps({"answer": kept, "headers": sent})
         tenancy.keep_answer(work, name, asked.idempotency_key, digest, code, kept_text)
-    return JSONResponse(made.model_dump(mode="json"), code, headers=sent)
+    return JSONResponse(answer, code, headers=sent)
 
 
 def _status(status: Status[M], made: M) -> int:

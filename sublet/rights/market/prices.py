@@ -162,11 +162,11 @@ def spot_points(
 
     Empty where nothing was ever posted for the pool.
     """
-    first = store.spot_price_at(tx, pool_id, start)
-    if first is None:
+    rows = store.list_spot_prices_from(tx, pool_id, start)
+    if not rows:
         return ()
-    later = store.list_spot_prices(tx, pool_id, first.hour, until)
-    return spotprice.points_of(later or [first], factor_permille, at_most)
+    wanted = [row for row in rows if until is None or row.hour < until]
+    return spotprice.points_of(wanted or rows[:1], factor_permille, at_most)
 
 
 def spot_terms(
@@ -201,18 +201,15 @@ def _floor(tx: Connection, pool: fleet.Pool) -> int:
 def _stalls(tx: Connection) -> list[Stall]:
     """Pools that have devices, oldest first."""
     stalls = []
-    for pool in fleet.list_pools(tx):
-        node_devices = fleet.largest_node(tx, pool.id)
-        nodes = fleet.list_nodes(tx, pool.id)
-        if not node_devices:
+    for roster in fleet.list_rosters(tx):
+        if not roster.devices:
             continue
-        missing = {fence for node in nodes for fence in fleet.missing_for_strangers(node)}
         stalls.append(
             Stall(
-                pool=pool,
-                node_devices=node_devices,
-                trusted_tenants=all(node.trusted_tenants for node in nodes),
-                missing_fences=tuple(sorted(missing)),
+                pool=roster.pool,
+                node_devices=roster.largest_node,
+                trusted_tenants=all(node.trusted_tenants for node in roster.nodes),
+                missing_fences=roster.missing_fences,
             )
         )
     return stalls

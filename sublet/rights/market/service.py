@@ -205,9 +205,15 @@ def _check_max_price(max_price: Money | None, price_micros: int, *, is_spot: boo
         )
 
 
-def get_quote(tx: Connection, quote_id: str, identity: tenancy.Identity | None = None) -> Quote:
-    """QuoteNotFound: there is none, or it is another's."""
-    found = store.find_quote(tx, quote_id)
+def get_quote(
+    tx: Connection,
+    quote_id: str,
+    identity: tenancy.Identity | None = None,
+    *,
+    lock: bool = False,
+) -> Quote:
+    """QuoteNotFound: there is none, or it is another's. `lock`: nobody else accepts it meanwhile."""
+    found = store.find_quote(tx, quote_id, lock=lock)
     if found is None:
         raise QuoteNotFound(param="quote_id")
     if identity is not None:
@@ -222,15 +228,14 @@ def _require_mine(identity: tenancy.Identity, action: tenancy.Action, found: Quo
     tenancy.require(identity, action, found.organisation_id, found.project_id)
 
 
-def accept(work: Work, identity: tenancy.Identity, quote_id: str, *, subject: str) -> Contract:
+def accept(work: Work, identity: tenancy.Identity, quote: str | Quote, *, subject: str) -> Contract:
     """Make a quote a contract for one subject (a workload), and take its hold.
 
-    The same subject again gets the same contract. Raises QuoteExpired, QuoteAccepted (another
-    subject has it), BudgetExceeded, InsufficientCredit, QuotaExceeded; then nothing has changed.
+    `quote`: its id, or itself as this Work has read it with `lock`. The same subject again gets
+    the same contract. Raises QuoteExpired, QuoteAccepted (another subject has it), BudgetExceeded,
+    InsufficientCredit, QuotaExceeded; then nothing has changed.
     """
-    found = store.find_quote(work.tx, quote_id, lock=True)
-    if found is None:
-        raise QuoteNotFound(param="quote_id")
+    found = get_quote(work.tx, quote, lock=True) if isinstance(quote, str) else quote
     _require_mine(identity, tenancy.Action.RENT, found)
     if found.contract_id is not None:
         contract = get_contract(work.tx, found.contract_id)
@@ -495,7 +500,7 @@ def rate_so_far(tx: Connection, contract: Contract) -> Rated:
 
 
 def get_contract(tx: Connection, contract_id: str) -> Contract:
-    found = store.find_contract(tx, store.contracts.c.id == contract_id)
+    found = store.find_contract(tx, contract_id)
     if found is None:
         raise ContractNotFound(contract_id=contract_id)
     return found
@@ -503,7 +508,7 @@ def get_contract(tx: Connection, contract_id: str) -> Contract:
 
 def find_contract_of(tx: Connection, subject: str) -> Contract | None:
     """The latest contract of a subject."""
-    return store.find_contract(tx, store.contracts.c.subject == subject)
+    return store.find_contract_of(tx, subject)
 
 
 def list_active_contracts(tx: Connection, organisation_id: str | None = None) -> list[Contract]:
@@ -527,7 +532,7 @@ def end_contract(work: Work, contract_id: str) -> Contract:
 
     Ending twice is ending once.
     """
-    contract = store.find_contract(work.tx, store.contracts.c.id == contract_id, lock=True)
+    contract = store.find_contract(work.tx, contract_id, lock=True)
     if contract is None:
         raise ContractNotFound(contract_id=contract_id)
     if contract.state is ContractState.ENDED:

@@ -32,7 +32,7 @@ def settle(work: Work, contract_id: str, *, closed: Closed | None = None) -> Mon
     ends with the run. Doing it twice posts once. Returns the usage posted now (negative where a
     correction took some back). Raises InsufficientCredit where a customer would be overdrawn.
     """
-    contract = store.find_contract(work.tx, store.contracts.c.id == contract_id, lock=True)
+    contract = store.find_contract(work.tx, contract_id, lock=True)
     if contract is None:
         raise ContractNotFound(contract_id=contract_id)
     windows = metering.windows(work.tx, contract_id, "held")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import datetime
 from typing import Any
 
@@ -193,57 +193,80 @@ def insert_spot_prices(tx: Connection, rows: Sequence[SpotPrice]) -> None:
         tx.execute(spot_prices.insert(), [asdict(row) for row in rows])
 
 
+# What every quote and rent runs is built once: building a statement costs more than running it.
+_HOURS = (
+    sa.select(spot_prices)
+    .where(spot_prices.c.pool_id == sa.bindparam("pool"))
+    .order_by(spot_prices.c.hour)
+)
+_LAST_HOUR = _HOURS.order_by(None).order_by(spot_prices.c.hour.desc()).limit(1)
+_HOURS_SINCE = _HOURS.where(spot_prices.c.hour >= sa.bindparam("start"))
+_HOURS_BETWEEN = _HOURS_SINCE.where(spot_prices.c.hour < sa.bindparam("end"))
+_HOURS_FROM = _HOURS.where(
+    spot_prices.c.hour
+    >= sa.func.coalesce(
+        sa.select(sa.func.max(spot_prices.c.hour))
+        .where(
+            spot_prices.c.pool_id == sa.bindparam("pool"),
+            spot_prices.c.hour <= sa.bindparam("at"),
+        )
+        .scalar_subquery(),
+        sa.literal_column("0"),
+    )
+)
+_HOUR_AT = _HOURS_FROM.limit(1)
+
+
 def last_spot_price(tx: Connection, pool_id: str) -> SpotPrice | None:
     """The row of the latest hour posted."""
-    found = _spot(tx, sa.desc(spot_prices.c.hour), spot_prices.c.pool_id == pool_id, limit=1)
-    return found[0] if found else None
+    return next(_spot(tx, _LAST_HOUR, pool_id), None)
 
 
 def spot_price_at(tx: Connection, pool_id: str, at: datetime) -> SpotPrice | None:
     """The row in force at that instant: the last one that has begun, else the very first."""
-    mine = spot_prices.c.pool_id == pool_id
-    begun = _spot(tx, sa.desc(spot_prices.c.hour), mine, spot_prices.c.hour <= at, limit=1)
-    found = begun or _spot(tx, sa.asc(spot_prices.c.hour), mine, limit=1)
-    return found[0] if found else None
+    return next(_spot(tx, _HOUR_AT, pool_id, at=at), None)
+
+
+def list_spot_prices_from(tx: Connection, pool_id: str, at: datetime) -> list[SpotPrice]:
+    """The row in force at that instant, and all that are posted after it."""
+    return list(_spot(tx, _HOURS_FROM, pool_id, at=at))
 
 
 def list_spot_prices(
     tx: Connection, pool_id: str, start: datetime, end: datetime | None
 ) -> list[SpotPrice]:
     """Rows of hours in `[start, end)`, in order; `end` None is all that is posted."""
-    where = [spot_prices.c.pool_id == pool_id, spot_prices.c.hour >= start]
-    if end is not None:
-        where.append(spot_prices.c.hour < end)
-    return _spot(tx, sa.asc(spot_prices.c.hour), *where)
+    if end is None:
+        return list(_spot(tx, _HOURS_SINCE, pool_id, start=start))
+    return list(_spot(tx, _HOURS_BETWEEN, pool_id, start=start, end=end))
 
 
 def _spot(
-    tx: Connection,
-    order: sa.UnaryExpression[Any],
-    *where: sa.ColumnElement[bool],
-    limit: int | None = None,
-) -> list[SpotPrice]:
-    rows = tx.execute(sa.select(spot_prices).where(*where).order_by(order).limit(limit))
-    return [SpotPrice(**row._asdict()) for row in rows]
+    tx: Connection, statement: sa.Select[Any], pool_id: str, **values: datetime
+) -> Iterator[SpotPrice]:
+    rows = tx.execute(statement, {"pool": pool_id, **values}).all()
+    return (SpotPrice(**row._mapping) for row in rows)
 
 
 def insert_quote(tx: Connection, quote: Quote) -> None:
-    values = _fields(quote)
     tx.execute(
-        quotes.insert().values(
-            **{
-                **values,
-                "points": _points_out(quote.points),
-                "lines": [_line_out(line) for line in quote.lines],
-                "missing_fences": list(quote.missing_fences),
-            }
-        )
+        quotes.insert(),
+        {
+            **_fields(quote),
+            "points": _points_out(quote.points),
+            "lines": [_line_out(line) for line in quote.lines],
+            "missing_fences": list(quote.missing_fences),
+        },
     )
 
 
+_QUOTE = sa.select(quotes).where(quotes.c.id == sa.bindparam("quote"))
+_QUOTE_LOCKED = _QUOTE.with_for_update()
+_ACCEPT = quotes.update().where(quotes.c.id == sa.bindparam("quote"))
+
+
 def find_quote(tx: Connection, quote_id: str, *, lock: bool = False) -> Quote | None:
-    query = sa.select(quotes).where(quotes.c.id == quote_id)
-    row = tx.execute(query.with_for_update() if lock else query).one_or_none()
+    row = tx.execute(_QUOTE_LOCKED if lock else _QUOTE, {"quote": quote_id}).one_or_none()
     return None if row is None else _quote(row)
 
 
@@ -258,24 +281,37 @@ def list_quotes(
 
 
 def keep_acceptance(tx: Connection, quote_id: str, contract_id: str) -> None:
-    tx.execute(quotes.update().where(quotes.c.id == quote_id).values(contract_id=contract_id))
+    tx.execute(_ACCEPT, {"quote": quote_id, "contract_id": contract_id})
 
 
 def insert_contract(tx: Connection, contract: Contract) -> Contract:
     """Append; returns it with the sequence number given."""
     values = {**_fields(contract), "points": _points_out(contract.points)}
     del values["seq"]
-    tx.execute(contracts.insert().values(**values))
-    found = find_contract(tx, contracts.c.id == contract.id)
-    assert found is not None
-    return found
+    key = tx.execute(contracts.insert(), values).inserted_primary_key
+    assert key is not None
+    return replace(contract, seq=int(key[0]))
 
 
-def find_contract(
-    tx: Connection, *where: sa.ColumnElement[bool], lock: bool = False
-) -> Contract | None:
-    query = sa.select(contracts).where(*where).order_by(contracts.c.seq.desc()).limit(1)
-    row = tx.execute(query.with_for_update() if lock else query).one_or_none()
+_CONTRACT = sa.select(contracts).where(contracts.c.id == sa.bindparam("contract"))
+_CONTRACT_LOCKED = _CONTRACT.with_for_update()
+_CONTRACT_OF = (
+    sa.select(contracts)
+    .where(contracts.c.subject == sa.bindparam("of"))
+    .order_by(contracts.c.seq.desc())
+    .limit(1)
+)
+
+
+def find_contract(tx: Connection, contract_id: str, *, lock: bool = False) -> Contract | None:
+    statement = _CONTRACT_LOCKED if lock else _CONTRACT
+    row = tx.execute(statement, {"contract": contract_id}).one_or_none()
+    return None if row is None else _contract(row)
+
+
+def find_contract_of(tx: Connection, subject: str) -> Contract | None:
+    """The latest one of a subject."""
+    row = tx.execute(_CONTRACT_OF, {"of": subject}).one_or_none()
     return None if row is None else _contract(row)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from sublet.base.store import Actor, Store
-from sublet.capacity import allocation
-from sublet.rights.owner import service, store
+from sublet.capacity import allocation, fleet
+from sublet.rights.owner import needs, service, store
 from sublet.rights.owner.model import Recall, RecallState, RowState
 
 ACTOR = Actor.system("owner")
@@ -27,11 +27,24 @@ def step(books: Store, now: datetime) -> datetime:
     for shortfall in missing:
         if shortfall.claim_id is not None:
             _end_if_met(books, shortfall.claim_id)
-    due = [now + LOOK_AGAIN, *_overdue(books, now)]
+    due = [now + LOOK_AGAIN, *_overdue(books, now), *_asked(books)]
     for recall in live:
         stepped = _stepped(books, recall) if _has_work(recall, now) else recall
         due += _moments(stepped, now)
     return max(min(due), now)
+
+
+def _asked(books: Store) -> list[datetime]:
+    """Notices for first-party work that waits; when the next ones are due."""
+    with books.read() as tx:
+        pools = [pool.id for pool in fleet.list_pools(tx) if needs.is_pending(tx, pool.id)]
+    moments = []
+    for pool_id in pools:
+        with books.work(ACTOR) as work:
+            next_at = needs.ask(work, pool_id)
+        if next_at is not None:
+            moments.append(next_at)
+    return moments
 
 
 def _has_work(recall: Recall, now: datetime) -> bool:
@@ -63,7 +76,7 @@ def _moments(recall: Recall, now: datetime) -> list[datetime]:
         found += [victim.term_at for victim in row.victims if victim.term_at > now]
         if all(victim.term_at <= now for victim in row.victims):
             found.append(now + DRAINING_LOOK)
-        found.append(max(row.free_by, now + DRAINING_LOOK))
+        found.append(row.free_by if row.free_by > now else now + DRAINING_LOOK)
     return found
 
 

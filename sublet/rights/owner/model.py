@@ -11,6 +11,8 @@ from sublet.base.kernel.errors import Conflict, NotFound
 from sublet.base.store import Event
 
 PLAN_VALID = timedelta(seconds=60)
+ON_TIME = timedelta(milliseconds=500)
+"""A row handed over within this of its date is not late: a loop's step takes its moment."""
 
 
 class RecallState(StrEnum):

@@ -15,10 +15,11 @@ from sublet.capacity.allocation import Claim, Party, Rank, Release, Urgency
 from sublet.records import metering
 from sublet.records.metering import Use
 from sublet.records.tenancy import Identity
-from sublet.rights.owner import planning, store
+from sublet.rights.owner import needs, planning, store
 from sublet.rights.owner.model import (
     LIVE,
     NEXT,
+    ON_TIME,
     PLAN_VALID,
     PlanExpired,
     PlanStale,
@@ -203,6 +204,8 @@ def _delivered(work: Work, recall: Recall, row: RecallRow) -> bool:
     assert row.claim_id is not None
     claim = allocation.get_claim(work.tx, row.claim_id)
     if claim.starts_at > work.now:
+        if allocation.list_children(work.tx, claim.id):
+            return False  # Work waits inside it already, and with it for its date.
         book = allocation.get_book(work, recall.pool_id).without(claim.id)
         if allocation.plan(book, row.devices, work.now, now=work.now).delivered < row.devices:
             return False
@@ -254,7 +257,9 @@ def _settled(work: Work, recall: Recall) -> Recall:
     """The state that its rows have brought it to."""
     rows = [row for row in recall.rows if row.claim_id is not None]
     waiting = [row for row in rows if row.state is RowState.WAITING]
-    is_late = recall.is_late or any(row.free_by < work.now for row in waiting)
+    is_late = recall.is_late or any(
+        (row.delivered_at or work.now) > row.free_by + ON_TIME for row in rows
+    )
     if is_late and not recall.is_late:
         store.change_recall(work, recall.id, is_late=True)
         work.emit(RecallChanged(recall.id, recall.state, True))
@@ -377,6 +382,7 @@ def first_party_claim(
     )
     if parent is None and urgency is not Urgency.PATIENT:
         _note_shortfall(work, claim)
+        needs.ask(work, pool_id)
     return claim
 
 

@@ -19,9 +19,8 @@ from sublet.shops.compute.model import Reason, Workload
 from sublet.shops.compute.states import Step
 
 
-def admit(work: Work, workload: Workload) -> Claim | Refused:
+def admit(work: Work, workload: Workload, contract: market.Contract) -> Claim | Refused:
     """Ask for devices under the workload's contract; its hold is taken already."""
-    contract = market.get_contract(work.tx, workload.contract_id)
     if contract.is_first_party:
         return owner.first_party_claim(
             work,
@@ -112,7 +111,7 @@ def serve(work: Work, workload: Workload) -> None:
                 reason="price",
             )
     market.rehold(work, workload.contract_id)
-    decision = admit(work, workload)
+    decision = admit(work, workload, contract)
     if isinstance(decision, Refused):
         raise refusal(decision)
     begin(work, store.get_workload(work.tx, workload.id), decision)

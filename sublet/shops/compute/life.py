@@ -7,7 +7,7 @@ that is the order of locks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -80,15 +80,15 @@ def intend(work: Work, workload: Workload) -> Run | None:
     device_ids = allocation.place(work, workload.claim_id)
     if device_ids is None:
         return None
-    if store.find_live_run(work.tx, workload.id) is not None:
-        _switch(work, device_ids, Use.OVERHEAD, work.now, workload.claim_id)
+    devices = fleet.get_devices(work.tx, device_ids)
+    before = store.find_last_run(work.tx, workload.id)
+    if before is not None and not before.is_over:
+        _switch_all(work, devices, Use.OVERHEAD, work.now, workload.claim_id)
         return None
-    devices = [fleet.get_device(work.tx, device_id) for device_id in device_ids]
     node_ids = {device.node_id for device in devices}
     assert len(node_ids) == 1, "a run's devices lie on one node"
     claim = allocation.get_claim(work.tx, workload.claim_id)
     runway = first_runway(work, workload)
-    before = store.find_last_run(work.tx, workload.id)
     run = store.insert_run(
         work,
         Run(
@@ -124,7 +124,7 @@ def intend(work: Work, workload: Workload) -> Run | None:
             is_forgotten=False,
         ),
     )
-    _switch(work, run.device_ids, Use.OVERHEAD, work.now, run.id)
+    _switch_all(work, devices, Use.OVERHEAD, work.now, run.id)
     return run
 
 
@@ -521,23 +521,33 @@ def _used(workload: Workload) -> Use:
     return Use.FIRST_PARTY if workload.party == "first_party" else Use.SOLD_USED
 
 
-def _switch(work: Work, device_ids: Iterable[str], use: Use, at: datetime, reference: str) -> None:
+def _switch(work: Work, device_ids: Sequence[str], use: Use, at: datetime, reference: str) -> None:
     """The devices do that from `at` on; one that is lost stays down."""
-    for device_id in device_ids:
-        if fleet.get_device(work.tx, device_id).healthy:
-            metering.switch_device(work, device_id, use, at, reference)
+    _switch_all(work, fleet.get_devices(work.tx, device_ids), use, at, reference)
+
+
+def _switch_all(
+    work: Work, devices: Iterable[fleet.Device], use: Use, at: datetime, reference: str
+) -> None:
+    for device in devices:
+        if device.healthy:
+            metering.switch_device(work, device.id, use, at, reference)
 
 
 def _give_back(work: Work, claim_id: str) -> None:
-    """Release a claim; its devices rest, or go on as the owner's where a recall holds them."""
+    """Release a claim; its devices rest, or go on as the owner's where a recall holds them.
+
+    Those stay the owner's on a node that was taken out as well, as all that is held does: nobody
+    would make them the owner's again when the node comes back.
+    """
     device_ids = [row.device_id for row in allocation.placements_of(work.tx, claim_id)]
     allocation.release(work, claim_id)
     for device_id in device_ids:
-        rest = fleet.resting_use(work.tx, device_id)
         holder = allocation.holder_of_device(work.tx, device_id)
-        if holder is not None and rest != "down":
+        if holder is not None:
             metering.switch_device(work, device_id, Use.FIRST_PARTY, work.now, holder.holder)
         else:
+            rest = fleet.resting_use(work.tx, device_id)
             metering.switch_device(work, device_id, rest, work.now)
 
 

@@ -62,13 +62,13 @@ def rent(
     With `wait` a refusal for capacity leaves it `awaiting_capacity`, holding nothing. Raises
     Invalid (naming the field), FencesMissing, NoCapacity, and what the market refuses.
     """
-    quote = market.get_quote(work.tx, quote_id, identity)
+    quote = market.get_quote(work.tx, quote_id, identity, lock=True)
     tenancy.require(identity, Action.RENT, project_id=quote.project_id)
     spec = _fitting(checked(kind, spec), quote)
     if not identity.is_owner:
         _check_fences(work.tx, quote.pool_id)
     workload_id = work.ids.new("ins" if kind == "instance" else "job")
-    contract = market.accept(work, identity, quote_id, subject=workload_id)
+    contract = market.accept(work, identity, quote, subject=workload_id)
     workload = life.requested(
         work,
         Workload(
@@ -99,7 +99,7 @@ def rent(
             version=1,
         ),
     )
-    return _admit(work, workload, wait=wait)
+    return _admit(work, workload, contract, wait=wait)
 
 
 def start(work: Work, identity: Identity, workload_id: str, *, wait: bool = False) -> Workload:
@@ -125,7 +125,8 @@ def start(work: Work, identity: Identity, workload_id: str, *, wait: bool = Fals
         _check_fences(work.tx, workload.pool_id)
     market.rehold(work, workload.contract_id, identity)
     workload = store.update_workload(work, workload, desired=Desired.RUNNING, start_failures=0)
-    return _admit(work, workload, wait=wait)
+    contract = market.get_contract(work.tx, workload.contract_id)
+    return _admit(work, workload, contract, wait=wait)
 
 
 def stop(work: Work, identity: Identity, workload_id: str) -> StopAnswer:
@@ -329,8 +330,8 @@ def _is_sale(work: Work, run: Run) -> bool:
 # ---- helpers ------------------------------------------------------------------------------------
 
 
-def _admit(work: Work, workload: Workload, *, wait: bool) -> Workload:
-    decision = admission.admit(work, workload)
+def _admit(work: Work, workload: Workload, contract: market.Contract, *, wait: bool) -> Workload:
+    decision = admission.admit(work, workload, contract)
     if not isinstance(decision, Refused):
         return admission.begin(work, workload, decision)
     if not wait:
@@ -378,13 +379,12 @@ def _fitting(spec: WorkloadSpec, quote: market.Quote) -> WorkloadSpec:
 
 def _check_fences(tx: Connection, pool_id: str) -> None:
     """Strangers go only where the fences hold; the refusal names the way."""
-    for node in fleet.list_nodes(tx, pool_id):
+    for node in fleet.get_roster(tx, pool_id).closed_to_strangers:
         missing = fleet.missing_for_strangers(node)
-        if missing and not node.trusted_tenants:
-            ways = {str(node.fences.get(name, {}).get("remedy", "")) for name in missing}
-            way = "; ".join(sorted(filter(None, ways))) or "a package, root or a delegated cgroup"
-            raise market.FencesMissing(
-                f"Node {node.name} does not fence strangers off ({', '.join(missing)} missing): "
-                f"the owner adds it ({way}), or serves trusted tenants only.",
-                missing=list(missing),
-            )
+        ways = {str(node.fences.get(name, {}).get("remedy", "")) for name in missing}
+        way = "; ".join(sorted(filter(None, ways))) or "a package, root or a delegated cgroup"
+        raise market.FencesMissing(
+            f"Node {node.name} does not fence strangers off ({', '.join(missing)} missing): "
+            f"the owner adds it ({way}), or serves trusted tenants only.",
+            missing=list(missing),
+        )

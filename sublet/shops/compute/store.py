@@ -119,9 +119,16 @@ def insert_workload(work: Work, workload: Workload) -> Workload:
     values = _fields(workload)
     del values["seq"]
     values["spec"] = to_document(workload.spec)
-    result = work.tx.execute(workloads.insert().values(values))
+    result = work.tx.execute(workloads.insert(), values)
     [seq] = result.inserted_primary_key or [0]
     return dataclasses.replace(workload, seq=seq)
+
+
+# What every rent runs is built once: building a statement costs more than running it.
+_UPDATE_WORKLOAD = workloads.update().where(
+    workloads.c.id == sa.bindparam("workload"), workloads.c.version == sa.bindparam("read")
+)
+_WORKLOAD = sa.select(workloads).where(workloads.c.id == sa.bindparam("workload"))
 
 
 def update_workload(work: Work, before: Workload, **changes: Any) -> Workload:
@@ -131,9 +138,8 @@ def update_workload(work: Work, before: Workload, **changes: Any) -> Workload:
     if "spec" in changes:
         values["spec"] = to_document(after.spec)
     result = work.tx.execute(
-        workloads.update()
-        .where(workloads.c.id == before.id, workloads.c.version == before.version)
-        .values(version=after.version, **values)
+        _UPDATE_WORKLOAD,
+        {"workload": before.id, "read": before.version, "version": after.version, **values},
     )
     if result.rowcount != 1:
         raise Conflict("The workload was changed meanwhile: read it again.")
@@ -142,7 +148,7 @@ def update_workload(work: Work, before: Workload, **changes: Any) -> Workload:
 
 def get_workload(tx: Connection, workload_id: str) -> Workload:
     """Raises WorkloadNotFound."""
-    row = tx.execute(sa.select(workloads).where(workloads.c.id == workload_id)).first()
+    row = tx.execute(_WORKLOAD, {"workload": workload_id}).first()
     if row is None:
         raise WorkloadNotFound
     return _workload(row)
@@ -240,46 +246,53 @@ def insert_run(work: Work, run: Run) -> Run:
     values = _fields(run)
     del values["seq"]
     values["devices"], values["device_ids"] = list(run.devices), list(run.device_ids)
-    result = work.tx.execute(runs.insert().values(values))
+    result = work.tx.execute(runs.insert(), values)
     [seq] = result.inserted_primary_key or [0]
     return dataclasses.replace(run, seq=seq)
 
 
+_UPDATE_RUN = runs.update().where(
+    runs.c.id == sa.bindparam("run"), runs.c.state == sa.bindparam("in_state")
+)
+_RUN = sa.select(runs).where(runs.c.id == sa.bindparam("run"))
+_LIVE_RUN = sa.select(runs).where(
+    runs.c.workload_id == sa.bindparam("of"), runs.c.state.not_in(_OVER)
+)
+_LAST_RUN = (
+    sa.select(runs)
+    .where(runs.c.workload_id == sa.bindparam("of"))
+    .order_by(runs.c.number.desc())
+    .limit(1)
+)
+_RUN_OF_CLAIM = sa.select(runs).where(runs.c.claim_id == sa.bindparam("of"))
+
+
 def update_run(work: Work, before: Run, **changes: Any) -> Run:
     """Change a run. Conflict: it is no longer in the state it was read in."""
-    result = work.tx.execute(
-        runs.update().where(runs.c.id == before.id, runs.c.state == before.state).values(changes)
-    )
+    result = work.tx.execute(_UPDATE_RUN, {"run": before.id, "in_state": before.state, **changes})
     if result.rowcount != 1:
         raise Conflict("The run went on meanwhile: read it again.")
     return dataclasses.replace(before, **changes)
 
 
 def find_run(tx: Connection, run_id: str) -> Run | None:
-    row = tx.execute(sa.select(runs).where(runs.c.id == run_id)).first()
+    row = tx.execute(_RUN, {"run": run_id}).first()
     return None if row is None else _run(row)
 
 
 def find_live_run(tx: Connection, workload_id: str) -> Run | None:
     """The one run of a workload that is not over, scrub included."""
-    row = tx.execute(
-        sa.select(runs).where(runs.c.workload_id == workload_id, runs.c.state.not_in(_OVER))
-    ).first()
+    row = tx.execute(_LIVE_RUN, {"of": workload_id}).first()
     return None if row is None else _run(row)
 
 
 def find_run_of_claim(tx: Connection, claim_id: str) -> Run | None:
-    row = tx.execute(sa.select(runs).where(runs.c.claim_id == claim_id)).first()
+    row = tx.execute(_RUN_OF_CLAIM, {"of": claim_id}).first()
     return None if row is None else _run(row)
 
 
 def find_last_run(tx: Connection, workload_id: str) -> Run | None:
-    row = tx.execute(
-        sa.select(runs)
-        .where(runs.c.workload_id == workload_id)
-        .order_by(runs.c.number.desc())
-        .limit(1)
-    ).first()
+    row = tx.execute(_LAST_RUN, {"of": workload_id}).first()
     return None if row is None else _run(row)
 
 
@@ -362,16 +375,17 @@ def insert_transition(
     at: datetime,
 ) -> None:
     work.tx.execute(
-        transitions.insert().values(
-            workload_id=workload.id,
-            organisation_id=workload.organisation_id,
-            from_state=before,
-            event=event,
-            to_state=to,
-            at=at,
-            actor=work.actor.id,
-            reason=reason,
-        )
+        transitions.insert(),
+        {
+            "workload_id": workload.id,
+            "organisation_id": workload.organisation_id,
+            "from_state": before,
+            "event": event,
+            "to_state": to,
+            "at": at,
+            "actor": work.actor.id,
+            "reason": reason,
+        },
     )
 
 
@@ -405,7 +419,7 @@ def list_transitions(
 
 
 def _fields(value: Workload | Run) -> dict[str, Any]:
-    return {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+    return {name: getattr(value, name) for name in type(value).__dataclass_fields__}
 
 
 def _parts(ids: Collection[str], size: int = 500) -> Iterable[list[str]]:

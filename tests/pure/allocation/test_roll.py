@@ -30,6 +30,12 @@ SUPPLY = 8
 FAR = timedelta(days=400)
 
 
+def tell_at(claim: Claim) -> datetime:
+    """The last moment to tell a pinned claim."""
+    assert claim.term_at is not None
+    return claim.term_at - seconds(claim.release.notice_seconds or 0)
+
+
 class OwnersView(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
@@ -125,6 +131,7 @@ class OwnersView(RuleBasedStateMachine):
     def moments(self) -> list[datetime]:
         found = [c.starts_at for c in self.book.claims]
         found += [end for c in self.book.claims if (end := c.held_until()) is not None]
+        found += [tell_at(c) for c in self.book.claims if c.term_at is not None]
         look = next_look(self.book, now=self.now)
         return found if look is None else [*found, look]
 
@@ -135,6 +142,10 @@ class OwnersView(RuleBasedStateMachine):
                 self.book = self.book.without(claim.id)
         self.book = self.book.at(self.now)
         self.open_what_has_begun()
+        for claim in list(self.book.claims):
+            if claim.term_at is not None and not claim.is_fixed and tell_at(claim) <= self.now:
+                assert claim.term_at >= earliest_term_at(claim, self.now)
+                self.book = self.book.with_claim(replace(claim, noticed_at=self.now))
         for due in due_notices(self.book, now=self.now):
             claim = self.book.find(due.pin.claim_id)
             assert claim is not None
@@ -186,6 +197,19 @@ class OwnersView(RuleBasedStateMachine):
 
 OwnersView.TestCase.settings = settings(examples(60), stateful_step_count=25)
 TestOwnersView = OwnersView.TestCase
+
+
+def test_who_is_pinned_for_later_still_leaves_for_an_earlier_need() -> None:
+    spot = a_sale(4, rank=Rank.FILLER, start=NOW - DAY, opened=True)
+    book = a_book(4).with_claim(spot)
+    later = admit(book, a_sale(4, start=NOW + 2 * HOUR), now=NOW)
+    assert isinstance(later, Admitted)
+    assert [pin.free_by for pin in later.displaced] == [NOW + 2 * HOUR]
+    book = applied(book, later).with_claim(a_need(1, start=NOW + HOUR, lasting=10 * MINUTE))
+    (due,) = due_notices(book, now=NOW + HOUR - seconds(152))
+    assert due.pin.free_by == NOW + HOUR
+    (row,) = plan(book, 4, NOW + 30 * MINUTE, now=NOW, until=NOW + 40 * MINUTE).rows
+    assert [victim.claim_id for victim in row.victims] == [spot.id]
 
 
 def test_equals_in_excess_leave_one_by_one_and_no_more_than_needed() -> None:

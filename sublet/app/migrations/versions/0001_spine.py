@@ -896,6 +896,7 @@ def upgrade() -> None:
         sa.Column("scrub_seconds", sa.Integer(), nullable=False),
         sa.Column("return_promise_seconds", sa.Integer(), nullable=False),
         sa.Column("outbound", sa.String(length=24), nullable=False),
+        sa.Column("edition", sa.String(length=40), nullable=False),
         sa.ForeignKeyConstraint(["site_id"], ["fleet_site.id"], name=op.f("fk_fleet_pool_site_id")),
         sa.PrimaryKeyConstraint("seq", name=op.f("pk_fleet_pool")),
         sa.UniqueConstraint("id", name=op.f("uq_fleet_pool_id")),

@@ -16,7 +16,6 @@ import select
 import shutil
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -55,8 +54,8 @@ class LocalEngine:
     """Implements `Engine` and `Attachable`. May be used from many threads.
 
     `trusted` allows the rung without a sandbox where bubblewrap is missing. `without` takes
-    things away that this machine has (`bubblewrap`, `cgroup`, `netns`, `seccomp`, `outbound`), to
-    show what the fence table says then; it is for tests.
+    things away that this machine has (`bubblewrap`, `cgroup`, `netns`, `seccomp`, `outbound`,
+    `pasta`), to show what the fence table says then; it is for tests.
     """
 
     def __init__(
@@ -82,7 +81,6 @@ class LocalEngine:
             log_bytes=log_bytes,
             disk_reserve_bytes=disk_reserve_bytes,
         )
-        self._probing = threading.Lock()
         self._drop_beginnings()
 
     # -- what there is
@@ -105,7 +103,8 @@ class LocalEngine:
 
     def _probed(self, *, fresh: bool) -> probes.Probed:
         found = self._hardware()
-        with self._probing:
+        with (self._root / "probe.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # other processes look into the cache afterwards
             return probes.probe(
                 self._root,
                 self._clock,
@@ -240,7 +239,8 @@ class LocalEngine:
             )
             os.close(tell)
             tell = -1
-            os.waitpid(pid, 0)  # it leaves a child behind and ends at once
+            with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored
+                os.waitpid(pid, 0)  # it leaves a child behind and ends at once
             if not select.select([ready], [], [], _START_SECONDS)[0]:
                 raise EngineError(f"the supervisor of {folder.name} did not report in time")
             if not os.read(ready, 16):
@@ -361,15 +361,16 @@ class LocalEngine:
 
     def erase_home(self, home: str) -> None:
         path = self._root / "homes" / _checked(home, "home")
-        for run_id, seen in self.observe().items():
-            plan = self._find_plan(run_id)
-            if plan is not None and plan.home == str(path) and seen.phase not in _OVER:
-                raise EngineError(f"run {run_id} still uses the home {home}: stop it first")
-        left = wipe(str(path))
-        if left:
-            raise EngineError(f"the home {home} could not be deleted: {left[0]}")
-        if os.geteuid() == 0:
-            uids.release(self._root, home)
+        with self._one_start_at_a_time():
+            for run_id, seen in self.observe().items():
+                plan = self._find_plan(run_id)
+                if plan is not None and plan.home == str(path) and seen.phase not in _OVER:
+                    raise EngineError(f"run {run_id} still uses the home {home}: stop it first")
+            left = wipe(str(path))
+            if left:
+                raise EngineError(f"the home {home} could not be deleted: {left[0]}")
+            if os.geteuid() == 0:
+                uids.release(self._root, home)
 
     # -- reaching in
 

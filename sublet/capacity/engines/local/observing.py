@@ -62,7 +62,10 @@ def observe(folder: Path, clock: Clock) -> Observation | None:
 
 def conclude(path: str, plan: records.Plan, clock: Clock) -> records.State | None:
     """Write down the end of a run whose supervisor is gone; None where it is not over for sure."""
-    lock = records.open_lock(path)
+    try:
+        lock = records.open_lock(path)
+    except OSError:
+        return None
     try:
         if not records.take_lock(lock):
             return None
@@ -70,7 +73,7 @@ def conclude(path: str, plan: records.Plan, clock: Clock) -> records.State | Non
         if state is None or state.is_over:
             return state
         rebooted = state.boot_id != clock.boot_id()
-        if not rebooted and kill_what_is_left(plan):
+        if not rebooted and kill_what_is_left(plan, state):
             return None
         last = _last_evidence_ns(path, state)
         state.exited_ns = last
@@ -92,9 +95,9 @@ def conclude(path: str, plan: records.Plan, clock: Clock) -> records.State | Non
         os.close(lock)
 
 
-def kill_what_is_left(plan: records.Plan) -> bool:
+def kill_what_is_left(plan: records.Plan, state: records.State | None) -> bool:
     """SIGKILL to every process of the run that is found; True where there was one."""
-    left = cgroups.processes(plan.cgroups) | set(usage.carrying(plan.mark))
+    left = what_is_left(plan, state)
     for pid in left:
         try:
             os.kill(pid, signal.SIGKILL)
@@ -105,11 +108,22 @@ def kill_what_is_left(plan: records.Plan) -> bool:
     return bool(left)
 
 
+def what_is_left(plan: records.Plan, state: records.State | None) -> set[int]:
+    """Processes in its cgroups, with its mark, and below its init (whose mark may be hidden)."""
+    left = cgroups.processes(plan.cgroups) | set(usage.carrying(plan.mark))
+    if state is not None and state.init_pid is not None:
+        ticks = usage.started_ticks(state.init_pid)
+        if ticks is not None and ticks == state.init_ticks:
+            left |= {process.pid for process in usage.tree(state.init_pid)}
+    return left
+
+
 def _is_held(path: str) -> bool:
+    """Where it cannot be told, somebody may hold it."""
     try:
         return records.is_locked(path)
     except OSError:
-        return False
+        return True
 
 
 def _last_evidence_ns(path: str, state: records.State) -> int:
@@ -124,7 +138,7 @@ def _last_evidence_ns(path: str, state: records.State) -> int:
 def _unreadable(folder: Path, plan: records.Plan | None, damage: records.Damaged) -> Observation:
     """Files that are not what they should be. With nobody alive and nothing left it has failed."""
     workload = plan.workload_id if plan is not None else ""
-    silent = _is_held(str(folder)) or plan is None or kill_what_is_left(plan)
+    silent = _is_held(str(folder)) or plan is None or kill_what_is_left(plan, None)
     return Observation(
         run_id=folder.name,
         workload_id=workload,

@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -30,6 +31,7 @@ LEAST_MEMORY_BYTES = 48 << 20
 """The init inside takes some 12 MiB of it."""
 BUBBLEWRAP_REMEDY = "apt-get install bubblewrap"
 _SIOCGIFADDR = 0x8915
+_HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}")
 _TUNNEL = "/dev/net/tun"
 
 Outbound = Literal["pasta", "slirp4netns", "none"]
@@ -125,6 +127,8 @@ class Rules:
             raise StartRefused(f"no such devices here: {', '.join(unknown) or 'none was named'}")
         if spec.memory_bytes < LEAST_MEMORY_BYTES:
             raise StartRefused(f"a run needs at least {LEAST_MEMORY_BYTES} bytes of memory")
+        if not _HOST_NAME.fullmatch(spec.hostname):
+            raise StartRefused(f"{spec.hostname!r} is no host name")
         if spec.kind == "job" and not spec.command:
             raise StartRefused("a job needs a command")
         if spec.notice_signal is not None and spec.notice_signal not in signal.Signals.__members__:

@@ -223,7 +223,7 @@ def _disk(outcome: Outcome) -> Fence:
             "watched",
             "the supervisor's count of home and scratch, and a reserve",
             "ended after writing past its limit",
-            "none needed: strangers are not refused for it",
+            "a volume of its own for the data folder",
         )
     return _fence("none", "nothing", "wrote past its limit and was not ended", "see the log")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sublet.base.kernel.clock import Clock
 from sublet.capacity.engines.local import hardware, observing
-from sublet.capacity.engines.local.supervise import cgroups, records, usage
+from sublet.capacity.engines.local.supervise import cgroups, records
 from sublet.capacity.engines.local.wipe import wipe
 from sublet.capacity.engines.port import EngineError, Observation, Phase, ScrubReport
 
@@ -27,11 +27,14 @@ def scrub_run(folder: Path, clock: Clock, seen: Observation) -> ScrubReport:
         return ScrubReport(clean=False, at=clock.now(), findings=(finding,))
     try:
         plan = records.read_plan(str(folder))
+        state = records.read_state(str(folder))
     except records.Damaged as damage:
         return ScrubReport(clean=False, at=clock.now(), findings=(str(damage),))
     assert plan is not None
+    if state is not None and state.boot_id != clock.boot_id():
+        state = None  # its process numbers mean nothing any more
     findings = [
-        *_end_processes(plan),
+        *_end_processes(plan, state),
         *_empty_shared_memory(plan),
         *wipe(plan.scratch),
         *(f"the cgroup {left} is busy" for left in cgroups.remove(plan.cgroups)),
@@ -42,12 +45,12 @@ def scrub_run(folder: Path, clock: Clock, seen: Observation) -> ScrubReport:
     return ScrubReport(clean=not findings, at=clock.now(), findings=tuple(findings))
 
 
-def _end_processes(plan: records.Plan) -> list[str]:
+def _end_processes(plan: records.Plan, state: records.State | None) -> list[str]:
     for _ in range(_ROUNDS):
-        if not observing.kill_what_is_left(plan):
+        if not observing.kill_what_is_left(plan, state):
             return []
         time.sleep(_PAUSE_SECONDS)
-    left = sorted(cgroups.processes(plan.cgroups) | set(usage.carrying(plan.mark)))
+    left = sorted(observing.what_is_left(plan, state))
     return [f"process {pid} does not end" for pid in left]
 
 

@@ -64,11 +64,7 @@ def _price(tx: Connection, contract: market.Contract, now: datetime) -> int:
 
 
 def _cost(tx: Connection, contract_id: str | None, currency: str) -> Money:
-    total = Money(0, currency)
-    if contract_id is not None:
-        for kind in CHARGES:
-            total = total + ledger.posted(tx, contract_id, kind)
-    return total
+    return Money(0, currency) if contract_id is None else ledger.posted(tx, contract_id, *CHARGES)
 
 
 def _interruption(found: compute.Workload, last: compute.Run | None) -> rest.Interruption | None:

@@ -72,7 +72,11 @@ class Init:
                 self.signal_session(self.hang_ups.pop(0)[1], signal.SIGKILL)
 
     def receive(self) -> None:
-        data, fds, _, _ = socket.recv_fds(self.control, LARGEST, 4, socket.MSG_CMSG_CLOEXEC)
+        data, fds, _, _ = socket.recv_fds(self.control, LARGEST, 4)
+        for fd in fds:
+            # The flag for it is dropped by Python's recv_fds (seen in 3.11). A program that kept a
+            # writing end beside its own output would hold its session open as long as it lives.
+            os.set_inheritable(fd, False)
         if not data:
             self.end()
         request = json.loads(data)

@@ -73,16 +73,20 @@ class Loop:
             callback = self._selector.unregister(watched).data
         self._resting[watched] = (until, callback)
 
+    def guard(self, work: Callable[..., object], *args: object) -> None:
+        """Do it; a fault is written down and counted, and goes no further."""
+        try:
+            work(*args)
+        except Exception:
+            self.faults += 1
+            traceback.print_exc()
+
     def turn(self, until_ns: int) -> None:
         """Wait for something to happen, at most until that instant, and handle it."""
         soonest = min([until_ns, *(until for until, _ in self._resting.values())])
         pause = max(0.0, (soonest - boot_ns()) / SECOND)
         for key, events in self._selector.select(pause):
-            try:
-                key.data(events)
-            except Exception:
-                self.faults += 1
-                traceback.print_exc()
+            self.guard(key.data, events)
         if self._resting:
             now = boot_ns()
             for watched, (until, callback) in list(self._resting.items()):

@@ -7,6 +7,7 @@ Arguments: the run's folder, the descriptor of its lock (held already), and one 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -69,6 +70,8 @@ def _detach(folder: str, kept: set[int]) -> None:
             os.dup2(fd, number)
     os.chdir("/")
     os.umask(0o077)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, most), most))
     # Orphans of a bare run come here, where they are seen.
     sandbox.libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     sandbox.write_oom_adjust(_SPARED_BY_THE_KERNEL)

@@ -18,7 +18,7 @@ import struct
 from collections.abc import Callable, Sequence
 
 from . import wire
-from .sandbox import die_with_parent, libc
+from .sandbox import die_with, libc
 
 METADATA_ADDRESS = "169.254.169.254"
 LOCAL_ROUTES = ("169.254.0.0/16",)
@@ -38,10 +38,11 @@ def inside(
     Raises OSError, also when it takes too long.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    parent = os.getpid()
     child = os.fork()
     if child == 0:
         try:
-            die_with_parent()
+            die_with(parent)
             _enter(pid)
             answer, fds = work()
             wire.send(theirs, answer, fds)

@@ -26,16 +26,17 @@ def start(plan: Plan, pid: int) -> int:
     if program is None:
         raise FileNotFoundError(plan.outbound)
     owner = netns.owner_of_network(pid)
+    parent = os.getpid()
     try:
         child = os.fork()
         if child == 0:
-            _become(plan, program, pid, owner)
+            _become(plan, program, pid, owner, parent)
         return child
     finally:
         os.close(owner)
 
 
-def _become(plan: Plan, program: str, pid: int, owner: int) -> None:
+def _become(plan: Plan, program: str, pid: int, owner: int, parent: int) -> None:
     """In the fork: the tenant's uid, no files, and the program. Never returns."""
     try:
         null = os.open("/dev/null", os.O_RDWR)
@@ -54,7 +55,7 @@ def _become(plan: Plan, program: str, pid: int, owner: int) -> None:
         else:
             os.set_inheritable(owner, True)
             namespace = f"/proc/self/fd/{owner}"
-        sandbox.die_with_parent()
+        sandbox.die_with(parent)
         os.chdir("/")
         environment = {"PATH": os.environ.get("PATH", ""), usage.MARK: plan.mark}
         os.execve(program, _arguments(plan.outbound, pid, namespace), environment)

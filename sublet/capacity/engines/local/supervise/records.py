@@ -124,6 +124,8 @@ class State:
     memory_bytes: int = 0
     disk_bytes: int = 0
     init_pid: int | None = None
+    init_ticks: int | None = None
+    """When it was started, as /proc says: tells it from a later process with its number."""
     metadata: dict[str, Any] = field(default_factory=dict)
     metadata_url: str = ""
     changed_ns: int = 0

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 import signal
 import socket
@@ -175,9 +176,9 @@ def process_limit(plan: Plan) -> int:
     """
     if "pids" in plan.cgroups:
         return 0
-    release = os.uname().release.split(".")
-    counted_inside = plan.rung == "sandbox" and (int(release[0]), int(release[1])) >= (5, 14)
-    if counted_inside:
+    release = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    kernel = (int(release[1]), int(release[2])) if release else (0, 0)
+    if plan.rung == "sandbox" and kernel >= (5, 14):
         return plan.pids
     uid = os.geteuid() if plan.uid is None else plan.uid
     here = 0
@@ -245,9 +246,11 @@ def prepare_helper(user_namespace: int) -> str:
     return path
 
 
-def die_with_parent() -> None:
-    """For helpers forked by the supervisor: end when it does."""
+def die_with(parent: int) -> None:
+    """For helpers forked by the supervisor: end when it does, also if it just did."""
     _check(libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _memory_file(data: bytes) -> int:

@@ -20,7 +20,7 @@ from .logs import LogPump, LogWriter
 from .loop import SECOND, Loop
 from .metadata import MetadataServer
 from .records import Evidence, Plan, State, boot_ns
-from .run import Refused, Run
+from .run import CONTROL_LOST, Refused, Run
 
 MS = 1_000_000
 _HELLO_NS = 15 * SECOND
@@ -117,9 +117,9 @@ class Supervisor:
                 self.fail("the supervisor gave up after too many faults")
         if now >= self.next_tick_ns:
             self.next_tick_ns = now + SECOND
-            self._tick(now)
+            self.loop.guard(self._tick, now)
         if now >= self.disk.next_ns:
-            self._watch_disk()
+            self.loop.guard(self._watch_disk)
 
     def _tick(self, now: int) -> None:
         """About every second: evidence, limits that nobody else keeps, clients that linger."""
@@ -127,6 +127,8 @@ class Supervisor:
         self._write_evidence(now)
         if not self.is_saved:
             self.save()
+        if self._runs() and self.run.state.deadline_ns is None and not self._has_folder():
+            self.terminate(CONTROL_LOST, self.plan.stop_grace_seconds)
         if self.metadata is not None:
             self.metadata.expire()
         self._look_for_oom()
@@ -134,6 +136,10 @@ class Supervisor:
         if used > self.plan.memory_bytes and not self.meter.is_enforced and self._runs():
             self.log.say(f"ended: {used} bytes of memory, {self.plan.memory_bytes} are allowed")
             self.terminate("memory", min(self.plan.stop_grace_seconds, _MEMORY_GRACE_SECONDS))
+
+    def _has_folder(self) -> bool:
+        """Whoever deletes it has given the run up: nobody can ever ask for it again."""
+        return os.path.exists(os.path.join(self.folder, records.PLAN))
 
     def _look_for_oom(self) -> None:
         kills = cgroups.oom_kills(self.plan.cgroups)
@@ -235,6 +241,7 @@ class Supervisor:
             self.init_pid = int(json.loads(said)["child-pid"])
             self._watch(self.init_pid)
         self.run.state.init_pid = self.init_pid
+        self.run.state.init_ticks = usage.started_ticks(self.init_pid)
 
     def _open_network(self) -> None:
         assert self.init_pid is not None
@@ -392,9 +399,9 @@ class Supervisor:
             self.exit_code = exit_code
         self.killed = True
         self.next_tick_ns = boot_ns()  # evidence of the end, and a look at what is left
-        for pid in self._left():
-            _send_signal(pid, signal.SIGKILL)
         for pid in self.watched.values():
+            _send_signal(pid, signal.SIGKILL)
+        for pid in self._left():
             _send_signal(pid, signal.SIGKILL)
 
     def _left(self) -> set[int]:
@@ -456,7 +463,8 @@ class Supervisor:
                 exited(_KILLED)
         self._write_evidence(now)
         cgroups.remove(self.plan.cgroups)
-        while not self.save():  # a full disk: all that is left to do is to say that it is over
+        # With a full disk, all that is left to do is to say that it is over.
+        while not self.save() and self._has_folder():
             self.loop.turn(boot_ns() + SECOND)
         self.control.close()
 

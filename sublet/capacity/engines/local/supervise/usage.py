@@ -19,7 +19,8 @@ from .records import Plan, boot_ns
 _TICK_MS = 1000 // os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _BATCH = 256
-_DEEPEST = 100
+_DEEPEST = 200
+"""Levels of folders that are counted; each takes two descriptors while it is looked at."""
 _LEAST_FILES = 100_000
 _EVERY_NS = 1_000_000_000
 _SLICE_NS = 20_000_000
@@ -72,6 +73,15 @@ def tree(root: int, seen: dict[int, Process] | None = None) -> list[Process]:
         found.extend(children)
         queue.extend(child.pid for child in children)
     return found
+
+
+def started_ticks(pid: int) -> int | None:
+    """When a process was started, in ticks since boot; None where there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as source:
+            return int(source.read().rpartition(b")")[2].split()[19])
+    except OSError:
+        return None
 
 
 MARK = "SUBLET_RUN_MARK"
@@ -166,7 +176,7 @@ class DiskSweep:
     """Counts what lies in some folders, in slices, over and over.
 
     The folders belong to a tenant who may change them meanwhile, so every step goes by
-    descriptor and follows no link. What lies too deep to follow counts by its entries only.
+    descriptor and follows no link.
     """
 
     def __init__(self, folders: list[str]) -> None:
@@ -174,19 +184,24 @@ class DiskSweep:
         self._walk: Iterator[None] | None = None
         self._bytes = self._entries = 0
         self._linked: set[tuple[int, int]] = set()
+        self._is_deep = False
         self.disk_bytes = 0
         self.entries = 0
+        self.is_too_deep = False
+        """Something lies deeper than is counted."""
 
     def slice(self) -> bool:
         """Do a bounded piece of work; True when a count is complete and the figures are new."""
         if self._walk is None:
             self._bytes = self._entries = 0
             self._linked = set()
+            self._is_deep = False
             self._walk = self._all()
         for _ in self._walk:
             return False
         self._walk = None
         self.disk_bytes, self.entries = self._bytes, self._entries
+        self.is_too_deep = self._is_deep
         return True
 
     def _all(self) -> Iterator[None]:
@@ -209,7 +224,10 @@ class DiskSweep:
                     except OSError:
                         continue
                     self._count(found)
-                    if stat.S_ISDIR(found.st_mode) and depth < _DEEPEST:
+                    if stat.S_ISDIR(found.st_mode):
+                        if depth >= _DEEPEST:
+                            self._is_deep = True
+                            continue
                         try:
                             child = os.open(
                                 entry.name,
@@ -254,6 +272,7 @@ class DiskWatch:
     def step(self) -> str | None:
         """Count on for a moment; returns what the tenant should be warned of, once."""
         now = boot_ns()
+        self.next_ns = now + _EVERY_NS
         if self._began_ns is None:
             self._began_ns = now
         stop = now + _SLICE_NS
@@ -276,11 +295,16 @@ class DiskWatch:
             self.excess = f"{used} bytes on disk, {plan.disk_bytes} are allowed"
         elif entries > files:
             self.excess = f"{entries} files, {files} are allowed"
+        elif self._sweep.is_too_deep:
+            self.excess = f"folders in folders, {_DEEPEST} levels are allowed"
         else:
             self.excess = None
 
     def _warning(self) -> str | None:
-        volume = os.statvfs(self._folder)
+        try:
+            volume = os.statvfs(self._folder)
+        except OSError:
+            return None
         is_short = volume.f_bavail * volume.f_frsize < self._plan.disk_reserve_bytes
         is_over = self._sweep.disk_bytes > self._plan.disk_share_bytes
         was_warned, self._is_warned = self._is_warned, is_short and is_over

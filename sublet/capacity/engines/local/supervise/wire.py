@@ -35,9 +35,10 @@ def receive(channel: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
 
     What is not an object comes back empty: the receiver refuses it like any unknown request.
     """
-    data, fds, _flags, _address = socket.recv_fds(
-        channel, LARGEST, MOST_FDS, socket.MSG_CMSG_CLOEXEC
-    )
+    data, fds, _flags, _address = socket.recv_fds(channel, LARGEST, MOST_FDS)
+    for fd in fds:
+        # The flag that would do this is dropped by Python's recv_fds (seen in 3.11).
+        os.set_inheritable(fd, False)
     if not data:
         close_all(fds)
         return None, []
