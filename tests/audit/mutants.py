@@ -14,10 +14,13 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from sublet.base.kernel.interval import month_of, next_month
 from sublet.capacity.allocation.store import claims, placements
-from sublet.records.ledger.store import accounts, holds
+from sublet.money.billing.store import invoices, lines
+from sublet.records.ledger.store import accounts, holds, transfers
 from sublet.records.metering.store import meters, spans, usage
 from sublet.records.tenancy.store import keys, organisations
+from sublet.rights.market.store import postings
 from sublet.rights.owner.store import recall_rows, shortfalls
 from sublet.shops.compute.store import runs, transitions, workloads
 
@@ -78,6 +81,18 @@ def run_of(tx: Connection, name: str, number: int = 1) -> Any:
 def device_of(tx: Connection, name: str) -> str:
     (device,) = run_of(tx, name).device_ids
     return str(device)
+
+
+def running(tx: Connection) -> Any:
+    """A record of use of a run whose meter is open: nothing has been settled for good there."""
+    run_id = run_of(tx, "also-firm").id
+    return one(
+        tx,
+        usage,
+        usage.c.run_id == run_id,
+        usage.c.kind == "held",
+        usage.c.corrects.is_(None),
+    )
 
 
 # The book.
@@ -239,7 +254,7 @@ def a_hold_lapses_under_an_open_meter(tx: Connection) -> None:
 @breaks("usage_is_contiguous")
 def a_second_is_not_metered(tx: Connection) -> None:
     """A record of use begins a millisecond after the one before it ended."""
-    row = one(tx, usage, usage.c.kind == "held", usage.c.corrects.is_(None))
+    row = running(tx)
     change(tx, usage, usage.c.seq == row.seq, starts_at=row.starts_at + MILLISECOND)
 
 
@@ -254,14 +269,14 @@ def a_silent_run_is_billed(tx: Connection) -> None:
 @breaks("nothing_is_metered_twice")
 def a_correction_takes_back_twice(tx: Connection) -> None:
     """A correction takes back one device more than was recorded."""
-    row = one(tx, usage, usage.c.kind == "held", usage.c.corrects.is_(None))
+    row = running(tx)
     repeat(tx, usage, row, event_id="twice", corrects=row.event_id, devices=-row.devices - 1)
 
 
 @breaks("nothing_is_metered_twice", also=("usage_is_contiguous",))
 def a_record_is_written_twice(tx: Connection) -> None:
     """A record of use is there a second time under another event id."""
-    row = one(tx, usage, usage.c.kind == "held", usage.c.corrects.is_(None))
+    row = running(tx)
     repeat(tx, usage, row, event_id="twice")
 
 
@@ -345,3 +360,105 @@ def a_workload_is_ended_too_soon(tx: Connection) -> None:
     run = run_of(tx, "train")
     early = run.published_at + timedelta(seconds=run.notice_seconds) - SECOND
     change(tx, runs, runs.c.id == run.id, term_at=early)
+
+
+# Money.
+
+
+@breaks("posted_quantity_is_metered")
+def a_posting_forgets_a_second(tx: Connection) -> None:
+    """What was posted for a finished job says a second less than was metered."""
+    row = one(
+        tx,
+        postings,
+        postings.c.contract_id == workload(tx, "done").contract_id,
+        postings.c.kind == "usage",
+    )
+    change(
+        tx,
+        postings,
+        postings.c.contract_id == row.contract_id,
+        postings.c.kind == "usage",
+        quantity=row.quantity - 1000,
+    )
+
+
+@breaks("posted_is_rated")
+def a_job_is_charged_a_micro_more(tx: Connection) -> None:
+    """A finished job was charged a millionth more than its price times its time, and both accounts
+    agree on it."""
+    row = one(
+        tx,
+        transfers,
+        transfers.c.contract_id == workload(tx, "done").contract_id,
+        transfers.c.kind == "usage",
+    )
+    more = row.amount_micros + 1
+    change(tx, transfers, transfers.c.seq == row.seq, amount_micros=more, charge_micros=more)
+    for name, sign in ((row.debit, -1), (row.credit, 1)):
+        account = one(tx, accounts, accounts.c.name == name)
+        change(tx, accounts, accounts.c.name == name, balance_micros=account.balance_micros + sign)
+
+
+@breaks("credits_stay_within_usage")
+def more_is_given_back_than_was_charged(tx: Connection) -> None:
+    """The credit for an interrupted run is a dollar more than the run had cost, and both accounts
+    agree on it."""
+    row = one(
+        tx,
+        transfers,
+        transfers.c.contract_id == workload(tx, "train").contract_id,
+        transfers.c.kind == "interruption_credit",
+    )
+    dollar = 1_000_000
+    change(
+        tx,
+        transfers,
+        transfers.c.seq == row.seq,
+        amount_micros=row.amount_micros + dollar,
+        charge_micros=row.charge_micros - dollar,
+    )
+    for name, sign in ((row.debit, -1), (row.credit, 1)):
+        account = one(tx, accounts, accounts.c.name == name)
+        change(
+            tx,
+            accounts,
+            accounts.c.name == name,
+            balance_micros=account.balance_micros + sign * dollar,
+        )
+
+
+@breaks("invoices_equal_the_ledger")
+def an_invoice_is_for_nothing(tx: Connection) -> None:
+    """An invoice is issued whose one line no transfer of the ledger accounts for."""
+    row = one(tx, transfers, transfers.c.kind == "usage")
+    month = month_of(row.at)
+    tx.execute(
+        invoices.insert().values(
+            id="inv_mutant",
+            organisation_id=row.organisation_id,
+            month=month,
+            currency="USD",
+            closes_at=next_month(month),
+            issued_at=next_month(month),
+            total_micros=5,
+            total_minor=0,
+        )
+    )
+    tx.execute(
+        lines.insert().values(
+            invoice_id="inv_mutant",
+            number=1,
+            organisation_id=row.organisation_id,
+            kind="usage",
+            product="spot",
+            charge_class="usage",
+            starts_at=row.at,
+            ends_at=row.at,
+            quantity=1,
+            version="",
+            amount_micros=5,
+            shown_minor=0,
+            text="five micros for nothing",
+        )
+    )

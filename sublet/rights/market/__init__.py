@@ -64,6 +64,7 @@ from sublet.rights.market.service import (
     note_unmet,
     price_victims,
     quote,
+    rate_so_far,
     rehold,
     terms_of,
 )
@@ -125,6 +126,7 @@ __all__ = [
     "post_spot_prices",
     "price_victims",
     "quote",
+    "rate_so_far",
     "rehold",
     "seed_rate_card",
     "settle",
