@@ -62,9 +62,10 @@ def test_a_package_writes_only_its_own_tables() -> None:
         tree = ast.parse(path.read_text())
         foreign: set[str] = set()
         for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.endswith(".store"):
-                if f".{_package_of(path)}." not in f"{node.module}.":
-                    foreign |= {alias.asname or alias.name for alias in node.names}
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            is_store = module is not None and module.endswith(".store")
+            if is_store and f".{_package_of(path)}." not in f"{module}.":
+                foreign |= {alias.asname or alias.name for alias in node.names}
         for node in ast.walk(tree):
             if not isinstance(node, ast.Attribute) or node.attr not in (
                 "insert",

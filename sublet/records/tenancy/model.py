@@ -164,7 +164,7 @@ class Answer:
 class StandingChanged(Event):
     """An organisation may now do more or less; who runs things for it acts on this."""
 
-    kind: ClassVar[str] = "standing_changed"
+    kind: ClassVar[str] = "tenancy.standing_changed"
 
     organisation_id: str
     before: str

@@ -43,6 +43,7 @@ from sublet.shops.compute.service import (
     stop_for,
     stopped_costs_per_hour,
     terminate,
+    uncordon,
 )
 from sublet.shops.compute.spec import from_document, to_document
 from sublet.shops.compute.states import LIVE, TERMINAL, State, Step, WrongState
@@ -102,4 +103,5 @@ __all__ = [
     "stopped_costs_per_hour",
     "terminate",
     "to_document",
+    "uncordon",
 ]

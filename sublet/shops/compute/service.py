@@ -285,6 +285,21 @@ def cordon(
     return node
 
 
+def uncordon(work: Work, identity: Identity, node_id: str) -> fleet.Node:
+    """Back to production: a drain is called off, and with it the notices that are not used up."""
+    tenancy.require(identity, Action.ADMINISTER_FLEET)
+    why = f"uncordon by {work.actor.id}"
+    if fleet.get_node(work.tx, node_id).state is NodeState.DRAINING:
+        fleet.set_node_state(work, node_id, NodeState.CORDONED, why)
+    node = fleet.set_node_state(work, node_id, NodeState.PRODUCTION, why)
+    for run in store.list_live_runs_on(work.tx, node_id):
+        claim = allocation.get_claim(work.tx, run.claim_id)
+        is_ours = claim.noticed_at is not None and claim.notice_reason == Reason.MAINTENANCE
+        if is_ours and claim.term_at is not None and claim.term_at > work.now:
+            allocation.withdraw_notice(work, claim.id)
+    return node
+
+
 _STANDING = frozenset({RunState.INTENDED, RunState.STARTING, RunState.RUNNING})
 
 

@@ -124,15 +124,10 @@ def _cordon(
 
 @router.post("/nodes/{node_id}/uncordon", response_model=rest.Node, responses=declared(409))
 def uncordon_node(call: Poster, node_id: Id) -> Response:
-    """Back to production; a drain is called off as far as nothing was scrubbed."""
+    """Back to production; a drain is called off, and with it the notices not used up."""
 
     def do(work: Work) -> rest.Node:
-        call.require(Action.ADMINISTER_FLEET)
-        why = f"uncordon by {work.actor.id}"
-        if fleet.get_node(work.tx, node_id).state is fleet.NodeState.DRAINING:
-            fleet.set_node_state(work, node_id, fleet.NodeState.CORDONED, why)
-        fleet.set_node_state(work, node_id, fleet.NodeState.PRODUCTION, why)
-        return show.node(work.tx, fleet.get_node(work.tx, node_id))
+        return show.node(work.tx, compute.uncordon(work, call.identity, node_id))
 
     return call.act("uncordon_node", do, target=node_id, headers=versioned)
 
