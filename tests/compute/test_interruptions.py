@@ -248,6 +248,20 @@ def test_a_drain_gives_everybody_their_notice_and_takes_nobody_new(world: Any) -
     assert len(world.runs(job)) == 1
 
 
+def test_an_uncordon_takes_back_the_notices_of_a_drain(world: Any) -> None:
+    job = world.job(env=FOREVER)
+    world.run(700)
+    world.act(compute.cordon, world.owner, world.nodes["n0001"], "drain")
+    world.run(20)
+    assert world.state(job) == "interrupting"
+    node = world.act(compute.uncordon, world.owner, world.nodes["n0001"])
+    world.run(300)
+    assert str(node.state) == "production"
+    assert world.state(job) == "running"
+    (run,) = world.runs(job)
+    assert (run.t0, run.term_at) == (None, None)
+
+
 def test_shutdown_credits_as_if_the_owner_had_ended_it_and_starts_nothing(world: Any) -> None:
     job, instance = world.job(env=FOREVER), world.rent()
     world.run(100)
