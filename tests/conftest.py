@@ -6,6 +6,12 @@ import os
 
 import pytest
 
+from sublet.base.store import database
+
+# No test cuts the power, and waiting for the disk is most of what a commit takes. What a test
+# kills are processes of their own, which keep the setting.
+database.SYNCHRONOUS = "off"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="run the long tests as well (make soak)")

@@ -18,13 +18,13 @@ from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, event
 
-from sublet.app import migrate
 from sublet.app.loops import cloud_loops
+from sublet.app.migrate import metadata  # it knows every table
 from sublet.audit import Violation, check
 from sublet.base.kernel.clock import VirtualClock
 from sublet.base.kernel.ids import SeededIds, seeded_rng
 from sublet.base.kernel.money import Money
-from sublet.base.store import Actor, Store, Work, metadata, open_store
+from sublet.base.store import Actor, Store, Work, open_store
 from sublet.capacity import allocation, fleet
 from sublet.capacity.engines.simulated import Fault, SimulatedEngine
 from sublet.money import billing
@@ -74,6 +74,7 @@ class World:
         kind: Literal["cpu", "gpu"] = "gpu",
         model: str = "SIM-80G",
         start: datetime = START,
+        clock: VirtualClock | None = None,
         path: Path | None = None,
         head_room_percent: int | None = None,
         scrub_seconds: int | None = None,
@@ -86,7 +87,8 @@ class World:
         faults: Sequence[Fault] = (),
     ) -> None:
         self.seed = seed
-        self.clock = VirtualClock(start)
+        self.start = start
+        self.clock = VirtualClock(start) if clock is None else clock
         self.rng = seeded_rng(seed)
         self.ids = SeededIds(seed)
         self.engine = SimulatedEngine(
@@ -320,7 +322,3 @@ def _changes(connection: Connection) -> int:
     found = connection.connection.dbapi_connection
     assert found is not None
     return int(found.total_changes)
-
-
-TABLES = migrate.TABLES
-"""Imported so that the metadata knows every table before it is created."""

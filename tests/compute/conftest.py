@@ -171,8 +171,14 @@ class World:
         found: compute.StopAnswer = self.act(compute.stop, self.buyer, workload.id)
         return found
 
-    def interrupt(self, workload: compute.Workload, reason: str = "owner_recall") -> None:
-        self.act(compute.interrupt, workload.id, reason)
+    def interrupt(self, workload: compute.Workload, reason: str = "spot_interruption") -> None:
+        """As a sale of higher rank does it: with all the notice that was sold."""
+        with self.books.work(self.owner.actor()) as work:
+            claim_id = self.see(workload).claim_id
+            assert claim_id is not None
+            claim = allocation.get_claim(work.tx, claim_id)
+            term_at = allocation.earliest_term_at(claim, work.now)
+            allocation.give_notice(work, claim_id, reason=reason, term_at=term_at)
 
     # ---- seeing -----------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ def test_the_promise_is_running_time_and_the_meter_ends_at_sigterm(world: Any) -
     world.run(60)
     assert world.state(job) == "failed"
     run = world.last(job)
-    assert (run.exited_at, run.reason) == (world.at(832), compute.Reason.OWNER_RECALL)
+    assert (run.exited_at, run.reason) == (world.at(832), compute.Reason.SPOT_INTERRUPTION)
     assert world.posted(job, "interruption_credit") == 0, "its notice came after 10 minutes"
 
 

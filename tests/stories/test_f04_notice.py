@@ -1,24 +1,54 @@
 """F4 Notice cut short: what a restart, a clock and an operator in a hurry cannot do.
 
-Time in a rehearsal is the boot clock: there is no wall to jump. That a step of the wall moves
-nothing is shown where the wall is read, in the kernel's own tests. Webhooks come later: here the
-notice is out when its metadata is.
+A wall that jumps is slewed after, as the kernel's own tests show: what is left of it here is a UTC
+whose seconds are a little short. Webhooks come later: the notice is out when its metadata is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import pytest
 
+from sublet.base.kernel.clock import SLEW_PPM, VirtualClock
 from sublet.records import ledger, tenancy
 from sublet.rehearsal import World
+from sublet.rehearsal.world import START
 from sublet.rights import market
 from sublet.shops.compute import NoticeProtected, Reason
 
 Worlds = Callable[..., World]
 NOTICE = timedelta(seconds=120)
+
+
+class SlewedClock(VirtualClock):
+    """UTC as it follows a wall that jumped ahead: it gains half a millisecond a second."""
+
+    def to_boot_ns(self, at: datetime) -> int:
+        return super().to_boot_ns(at) * 1_000_000 // (1_000_000 + SLEW_PPM)
+
+    def from_boot_ns(self, boot_ns: int) -> datetime:
+        utc_ns = -(-boot_ns * (1_000_000 + SLEW_PPM) // 1_000_000)
+        return super().from_boot_ns(utc_ns + 999)
+
+
+def test_f4_the_notice_is_counted_on_the_boot_clock(worlds: Worlds) -> None:
+    """While UTC hurries after a wall that jumped ten minutes, 120 of its seconds are too few."""
+    clock = SlewedClock(START)
+    world = worlds(devices_per_node=1, head_room_percent=0, clock=clock)
+    buyer = world.sign_up()
+    workload = buyer.rent("gpu-spot", notice=120)
+    world.run_for(900)
+    world.owner.recall(1)
+    world.run_for(300)
+    run = buyer.run(workload)
+    seen = world.engine.run(run.id)
+    assert seen.term_reason == "notice"
+    assert run.published_at is not None
+    assert seen.term_at is not None
+    told_ns = clock.to_boot_ns(seen.term_at) - clock.to_boot_ns(run.published_at)
+    assert 120_000_000_000 <= told_ns < 120_001_000_000
 
 
 @pytest.mark.parametrize("killed", ["after publishing", "before publishing", "while it runs"])

@@ -334,7 +334,9 @@ class Driver:
         )
         fixed = self._engine.notice(run.id, notice)
         seen_at = self._now()
-        owed = seen_at + timedelta(seconds=run.notice_seconds)
+        # On the boot clock: while UTC is slewed after the wall, its seconds are not of one length.
+        clock = self._books.clock
+        owed = clock.from_boot_ns(clock.to_boot_ns(seen_at) + run.notice_seconds * 1_000_000_000)
         if fixed < owed:
             # The call itself took time: the promise counts from when the notice was out.
             later = Notice(term_at=owed, action=notice.action, reason=notice.reason)

@@ -212,11 +212,6 @@ def location(tx: Connection, workload_id: str) -> Location:
 # ---- for packages above and for the owner ---------------------------------------------------------
 
 
-def interrupt(work: Work, workload_id: str, reason: Reason | str) -> None:
-    """Give a workload its notice: it ends when its terms allow. Under notice already: no effect."""
-    life.give_notice(work, store.get_workload(work.tx, workload_id), Reason(reason))
-
-
 def stop_for(work: Work, workload_id: str, reason: Reason | str) -> Workload:
     """End what runs now, without notice, for a reason that has its own warnings or needs none.
 
