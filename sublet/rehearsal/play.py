@@ -23,7 +23,7 @@ from sublet.base.kernel.errors import (
     TooMany,
 )
 from sublet.base.kernel.ids import seeded_rng
-from sublet.base.kernel.interval import month_of, months_between
+from sublet.base.kernel.interval import millis_between, month_of, months_between
 from sublet.base.kernel.money import Money
 from sublet.capacity import fleet
 from sublet.capacity.engines.simulated import seeded_faults
@@ -49,7 +49,7 @@ class Report:
     """What a rehearsal came to. Two plays of one seed differ in `real_seconds` alone."""
 
     seed: int
-    virtual_seconds: float
+    virtual_ms: int
     real_seconds: float = field(compare=False)
     nodes: int
     devices: int
@@ -78,7 +78,7 @@ class Report:
     @property
     def speed(self) -> float:
         """Virtual seconds a real second."""
-        return self.virtual_seconds / self.real_seconds
+        return self.virtual_ms / 1000 / self.real_seconds
 
 
 def play(
@@ -425,7 +425,7 @@ class _Play:
         states["late"] = sum(recall.is_late for recall in recalls)
         return Report(
             seed=world.seed,
-            virtual_seconds=(world.now - self.start).total_seconds(),
+            virtual_ms=millis_between(self.start, world.now),
             real_seconds=(read_boot_ns() - self.began_ns) / 1e9,
             nodes=len(world.node_ids),
             devices=len(world.device_names()),

@@ -65,7 +65,7 @@ def test_r1_the_signal_that_was_asked_for_comes_at_the_notice(worlds: Worlds) ->
 
 def test_r3_one_need_one_notice_and_no_more_than_it_takes(worlds: Worlds) -> None:
     """8 devices, one organisation: A on-demand 4, B spot 2, C spot 2."""
-    world = worlds(devices_per_node=8, head_room_percent=0)
+    world = worlds(devices_per_node=8, head_room_percent=0, audit_every=20)
     buyer = world.sign_up("Acme", "10000")
     a = buyer.rent("gpu-on-demand-4")
     b, c = buyer.rent("gpu-spot-2"), buyer.rent("gpu-spot-2")

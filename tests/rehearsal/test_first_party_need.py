@@ -13,7 +13,7 @@ from sublet.shops.compute import Reason
 
 @pytest.fixture
 def world() -> Iterator[World]:
-    with World(1, devices_per_node=2, head_room_percent=0) as made:
+    with World(1, devices_per_node=2, head_room_percent=0, audit_every=5) as made:
         yield made
         made.audit()
 

@@ -163,7 +163,7 @@ def test_each_fault_by_itself_ends_well(kind: FaultKind) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 9))
+@pytest.mark.parametrize("seed", range(1, 5))
 def test_random_players_break_nothing(seed: int) -> None:
     """Two virtual hours each, dense with acts, faults and kills; the auditor at every 10th change."""
     report = play(
@@ -176,7 +176,7 @@ def test_random_players_break_nothing(seed: int) -> None:
     )
     assert report.workloads > 5
     assert report.audits > 5
-    assert sum(report.device_ms.values()) == report.devices * round(report.virtual_seconds * 1000)
+    assert sum(report.device_ms.values()) == report.devices * report.virtual_ms
 
 
 @pytest.mark.slow

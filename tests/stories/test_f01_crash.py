@@ -87,7 +87,7 @@ def test_f1_killed_at_every_call_of_a_life(worlds: Worlds) -> None:
     """Whichever call is cut, on whichever side, one life is one process and one bill."""
     for side in ("before", "after"):
         for call in ("start", "observe", "notice", "extend", "scrub", "stop"):
-            world = worlds(start_seconds=2.0, audit_every=5)
+            world = worlds(start_seconds=2.0, audit_every=20)
             buyer = world.sign_up()
             workload = buyer.rent("gpu-spot")
             world.line.cut(call, side)  # type: ignore[arg-type]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import timedelta
 
+import pytest
+
 from sublet.rehearsal import World
 from sublet.shops.compute import Reason
 
@@ -13,6 +15,7 @@ NODES, SIZE = 14, 8
 GANG = 8
 
 
+@pytest.mark.slow
 def test_f5_a_hundred_jobs_and_sixty_cancelled(worlds: Worlds) -> None:
     world = worlds(
         nodes=NODES, devices_per_node=SIZE, head_room_percent=0, audit_every=60, start_seconds=1.0

@@ -32,8 +32,11 @@ anchors = sa.Table(
 """`wall_us`: what the wall clock read when the anchor was made; its difference is the step."""
 
 
+_FACT = sa.select(facts.c.value).where(facts.c.name == sa.bindparam("of"))
+
+
 def find_fact(tx: Connection, name: str) -> str | None:
-    return tx.execute(sa.select(facts.c.value).where(facts.c.name == name)).scalar()
+    return tx.execute(_FACT, {"of": name}).scalar()
 
 
 def keep_fact(work: Work, name: str, value: str) -> None:

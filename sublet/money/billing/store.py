@@ -201,16 +201,24 @@ def clear_warnings(
     )
 
 
+_WARNINGS = (
+    sa.select(warned).where(warned.c.workload_id == sa.bindparam("workload")).order_by(warned.c.seq)
+)
+_IN_FORCE = _WARNINGS.where(warned.c.cleared_at.is_(None))
+
+
 def list_warnings(tx: Connection, workload_id: str, *, in_force: bool = False) -> list[Warning]:
-    query = sa.select(warned).where(warned.c.workload_id == workload_id).order_by(warned.c.seq)
-    if in_force:
-        query = query.where(warned.c.cleared_at.is_(None))
-    return [Warning(**{**row._asdict(), "cause": Cause(row.cause)}) for row in tx.execute(query)]
+    rows = tx.execute(_IN_FORCE if in_force else _WARNINGS, {"workload": workload_id})
+    return [Warning(**{**row._asdict(), "cause": Cause(row.cause)}) for row in rows]
+
+
+_LOOKS = sa.select(watches)
+_FORGET = watches.delete().where(watches.c.organisation_id == sa.bindparam("organisation"))
 
 
 def next_looks(tx: Connection) -> dict[str, datetime]:
     """By run, when to look at it again."""
-    return {row.run_id: row.next_at for row in tx.execute(sa.select(watches))}
+    return {row.run_id: row.next_at for row in tx.execute(_LOOKS)}
 
 
 def organisations_watching(tx: Connection, run_ids: Collection[str]) -> set[str]:
@@ -225,7 +233,7 @@ def set_looks(
     tx: Connection, organisation_id: str, run_ids: Collection[str], next_at: datetime
 ) -> None:
     """Look at these runs of the organisation again then, and forget its others."""
-    tx.execute(watches.delete().where(watches.c.organisation_id == organisation_id))
+    tx.execute(_FORGET, {"organisation": organisation_id})
     if run_ids:
         tx.execute(
             watches.insert(),

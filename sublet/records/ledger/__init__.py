@@ -10,6 +10,7 @@ Callers  market holds and settles, billing grants, renews and invoices, economic
 
 from sublet.records.ledger.model import (
     CREDITS,
+    LOSSES,
     PAYMENTS,
     TRIAL,
     Drift,
@@ -34,6 +35,7 @@ from sublet.records.ledger.service import (
     lapse,
     list_holds,
     list_transfers,
+    lost,
     post,
     posted,
     recount,
@@ -45,6 +47,7 @@ from sublet.records.ledger.service import (
 
 __all__ = [
     "CREDITS",
+    "LOSSES",
     "PAYMENTS",
     "TRIAL",
     "Drift",
@@ -66,6 +69,7 @@ __all__ = [
     "lapse",
     "list_holds",
     "list_transfers",
+    "lost",
     "post",
     "posted",
     "recount",

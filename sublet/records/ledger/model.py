@@ -7,6 +7,8 @@ what we have earned is too:
     first_party:<organisation>  the owner's own use, priced and credited in full
     revenue:<product>           earned
     credits                     given back after interruptions: less revenue (balance ≤ 0)
+    losses                      use that no credit covered, borne by the owner: less revenue
+                                (balance ≤ 0)
     trial                       given at sign-up (balance ≤ 0)
     payments                    received from outside (balance ≤ 0)
 """
@@ -25,6 +27,7 @@ from sublet.base.kernel.money import Money
 TRIAL = "trial"
 PAYMENTS = "payments"
 CREDITS = "credits"
+LOSSES = "losses"
 _CUSTOMER = "customer:"
 _FIRST_PARTY = "first_party:"
 _REVENUE = "revenue:"

@@ -14,6 +14,7 @@ from sublet.base.kernel.money import Money
 from sublet.base.store import Work
 from sublet.records.ledger import store
 from sublet.records.ledger.model import (
+    LOSSES,
     Drift,
     Hold,
     HoldExists,
@@ -241,6 +242,11 @@ def posted(tx: Connection, contract_id: str, *kinds: str) -> Money:
     Negative for a kind that only gives back, such as interruption credits.
     """
     return Money(store.charged_under(tx, contract_id, kinds))
+
+
+def lost(tx: Connection, contract_id: str) -> Money:
+    """What of a contract's use no credit covered: the owner's loss, less what was taken back."""
+    return Money(store.debited_under(tx, contract_id, LOSSES))
 
 
 def spent(

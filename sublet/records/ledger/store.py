@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -171,6 +172,20 @@ def insert_transfer(tx: Connection, values: dict[str, Any]) -> int:
     return int(key[0])
 
 
+@cache
+def _transfers(of_one: bool, is_later: bool, is_limited: bool) -> sa.Select[Any]:
+    query = (
+        sa.select(transfers)
+        .where(transfers.c.at >= sa.bindparam("start"), transfers.c.at < sa.bindparam("end"))
+        .order_by(transfers.c.seq)
+    )
+    if of_one:
+        query = query.where(transfers.c.organisation_id == sa.bindparam("of"))
+    if is_later:
+        query = query.where(transfers.c.seq > sa.bindparam("after"))
+    return query.limit(sa.bindparam("most")) if is_limited else query
+
+
 def list_transfers(
     tx: Connection,
     organisation_id: str | None,
@@ -179,12 +194,10 @@ def list_transfers(
     after: int | None,
     limit: int | None,
 ) -> list[Transfer]:
-    query = sa.select(transfers).where(transfers.c.at >= start, transfers.c.at < end)
-    if organisation_id is not None:
-        query = query.where(transfers.c.organisation_id == organisation_id)
-    if after is not None:
-        query = query.where(transfers.c.seq > after)
-    return [_transfer(row) for row in tx.execute(query.order_by(transfers.c.seq).limit(limit))]
+    query = _transfers(organisation_id is not None, after is not None, limit is not None)
+    given = {"start": start, "end": end, "of": organisation_id, "after": after, "most": limit}
+    values = {name: value for name, value in given.items() if value is not None}
+    return [_transfer(row) for row in tx.execute(query, values)]
 
 
 _CHARGED = sa.select(sa.func.coalesce(sa.func.sum(transfers.c.charge_micros), 0)).where(
@@ -197,6 +210,30 @@ def charged_under(tx: Connection, contract_id: str, kinds: Sequence[str]) -> int
     """What was posted for a contract under any of these kinds."""
     values = {"contract": contract_id, "kinds": list(kinds)}
     return int(tx.execute(_CHARGED, values).scalar_one())
+
+
+_DEBITED = sa.select(
+    sa.func.coalesce(
+        sa.func.sum(
+            sa.case(
+                (transfers.c.debit == sa.bindparam("account"), transfers.c.amount_micros),
+                else_=-transfers.c.amount_micros,
+            )
+        ),
+        0,
+    )
+).where(
+    transfers.c.contract_id == sa.bindparam("contract"),
+    sa.or_(
+        transfers.c.debit == sa.bindparam("account"), transfers.c.credit == sa.bindparam("account")
+    ),
+)
+
+
+def debited_under(tx: Connection, contract_id: str, account: str) -> int:
+    """What a contract took from an account, less what it gave back."""
+    values = {"contract": contract_id, "account": account}
+    return int(tx.execute(_DEBITED, values).scalar_one())
 
 
 def charged(tx: Connection, *where: sa.ColumnElement[bool]) -> int:

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Collection
 from datetime import datetime, timedelta
 
-import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from sublet.base.kernel.interval import cut, floor_ms, millis
@@ -240,22 +239,21 @@ def windows(tx: Connection, contract_id: str, kind: UsageKind | str = "held") ->
     A run's rows touch, so their sum rates as one window: rating stays cheap however often a long
     run was metered.
     """
-    return _windows(tx, store.usage.c.contract_id == contract_id, kind)
+    return _windows(tx, "contract_id", contract_id, kind)
 
 
 def windows_of_run(tx: Connection, run_id: str, kind: UsageKind | str = "held") -> list[Window]:
     """The same for one run: the owner's own use has no contract."""
-    return _windows(tx, store.usage.c.run_id == run_id, kind)
+    return _windows(tx, "run_id", run_id, kind)
 
 
-def _windows(tx: Connection, chosen: sa.ColumnElement[bool], kind: UsageKind | str) -> list[Window]:
-    where = (chosen, store.usage.c.kind == kind)
+def _windows(tx: Connection, side: store.Side, of: str, kind: UsageKind | str) -> list[Window]:
     found = []
-    for stretch in store.list_stretches(tx, *where):
+    for stretch in store.list_stretches(tx, side, of, kind):
         length_us = (stretch.ends_at - stretch.starts_at) // _MICROSECOND
         assert stretch.covered_us == length_us, f"usage of {stretch.run_id} has gaps or overlaps"
         found.append(Window(start=stretch.starts_at, end=stretch.ends_at, units=stretch.devices))
-    corrections = store.list_usage(tx, *where, store.usage.c.corrects.is_not(None))
+    corrections = store.list_corrections(tx, side, of, kind)
     found += [Window(start=c.starts_at, end=c.ends_at, units=c.devices) for c in corrections]
     return found
 
@@ -273,12 +271,12 @@ def get_meter(tx: Connection, run_id: str) -> Meter:
 
 def list_open_meters(tx: Connection) -> list[Meter]:
     """Meters that run, oldest first. The ledger must not let their holds lapse."""
-    return store.list_meters(tx, store.meters.c.closed_at.is_(None))
+    return store.list_open_meters(tx)
 
 
 def list_meters(tx: Connection, *, contract_id: str) -> list[Meter]:
     """All meters of a contract, oldest first: a requeued job has one for each run."""
-    return store.list_meters(tx, store.meters.c.contract_id == contract_id)
+    return store.list_meters(tx, contract_id)
 
 
 def list_usage(tx: Connection, run_id: str, kind: UsageKind | str = "held") -> list[Usage]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
@@ -128,9 +129,17 @@ def find_meter(tx: Connection, run_id: str, *, lock: bool = False) -> Meter | No
     return None if row is None else _meter(row)
 
 
-def list_meters(tx: Connection, *where: sa.ColumnElement[bool]) -> list[Meter]:
-    rows = tx.execute(sa.select(meters).where(*where).order_by(meters.c.opened_at, meters.c.run_id))
-    return [_meter(row) for row in rows]
+_METERS = sa.select(meters).order_by(meters.c.opened_at, meters.c.run_id)
+_OPEN_METERS = _METERS.where(meters.c.closed_at.is_(None))
+_METERS_OF_CONTRACT = _METERS.where(meters.c.contract_id == sa.bindparam("contract"))
+
+
+def list_open_meters(tx: Connection) -> list[Meter]:
+    return [_meter(row) for row in tx.execute(_OPEN_METERS)]
+
+
+def list_meters(tx: Connection, contract_id: str) -> list[Meter]:
+    return [_meter(row) for row in tx.execute(_METERS_OF_CONTRACT, {"contract": contract_id})]
 
 
 def insert_usage(tx: Connection, rows: list[dict[str, Any]]) -> None:
@@ -157,10 +166,15 @@ class Stretch:
     covered_us: int
 
 
-def list_stretches(tx: Connection, *where: sa.ColumnElement[bool]) -> list[Stretch]:
+Side = Literal["contract_id", "run_id"]
+"""By what use is looked up."""
+
+
+@cache
+def _stretches(side: Side) -> sa.Select[Any]:
     starts = sa.type_coerce(usage.c.starts_at, sa.BigInteger)
     ends = sa.type_coerce(usage.c.ends_at, sa.BigInteger)
-    rows = tx.execute(
+    return (
         sa.select(
             usage.c.run_id,
             usage.c.devices,
@@ -168,10 +182,35 @@ def list_stretches(tx: Connection, *where: sa.ColumnElement[bool]) -> list[Stret
             sa.func.max(ends).label("last"),
             sa.func.sum(ends - starts).label("covered"),
         )
-        .where(*where, usage.c.corrects.is_(None))
+        .where(
+            usage.c[side] == sa.bindparam("of"),
+            usage.c.kind == sa.bindparam("as_kind"),
+            usage.c.corrects.is_(None),
+        )
         .group_by(usage.c.run_id, usage.c.devices)
         .order_by(sa.func.min(starts), usage.c.run_id)
     )
+
+
+@cache
+def _corrections(side: Side) -> sa.Select[Any]:
+    return (
+        sa.select(usage)
+        .where(
+            usage.c[side] == sa.bindparam("of"),
+            usage.c.kind == sa.bindparam("as_kind"),
+            usage.c.corrects.is_not(None),
+        )
+        .order_by(usage.c.seq)
+    )
+
+
+def list_corrections(tx: Connection, side: Side, of: str, kind: str) -> list[Usage]:
+    return [_usage(row) for row in tx.execute(_corrections(side), {"of": of, "as_kind": kind})]
+
+
+def list_stretches(tx: Connection, side: Side, of: str, kind: str) -> list[Stretch]:
+    rows = tx.execute(_stretches(side), {"of": of, "as_kind": kind})
     return [
         Stretch(
             run_id=row.run_id,

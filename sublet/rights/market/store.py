@@ -337,12 +337,7 @@ def end_contract(tx: Connection, contract_id: str, at: datetime) -> None:
 
 def keep_free_window(tx: Connection, contract: Contract, free: Interval, **values: Any) -> None:
     """Once: a run is closed once, however often that is told."""
-    known = tx.execute(
-        sa.select(free_windows.c.starts_at).where(
-            free_windows.c.contract_id == contract.id, free_windows.c.starts_at == free.start
-        )
-    ).one_or_none()
-    if known is None:
+    if free.start not in {known.start for known in list_free_windows(tx, contract.id)}:
         tx.execute(
             free_windows.insert().values(
                 contract_id=contract.id,
@@ -354,20 +349,30 @@ def keep_free_window(tx: Connection, contract: Contract, free: Interval, **value
         )
 
 
+_FREE = (
+    sa.select(free_windows)
+    .where(free_windows.c.contract_id == sa.bindparam("contract"))
+    .order_by(free_windows.c.starts_at)
+)
+_POSTINGS = sa.select(postings).where(
+    postings.c.contract_id == sa.bindparam("contract"), postings.c.kind == sa.bindparam("as_kind")
+)
+_POST = postings.update().where(
+    postings.c.contract_id == sa.bindparam("contract"),
+    postings.c.kind == sa.bindparam("as_kind"),
+    postings.c.month == sa.bindparam("in_month"),
+    postings.c.price_from == sa.bindparam("priced_from"),
+)
+
+
 def list_free_windows(tx: Connection, contract_id: str) -> list[Interval]:
-    rows = tx.execute(
-        sa.select(free_windows)
-        .where(free_windows.c.contract_id == contract_id)
-        .order_by(free_windows.c.starts_at)
-    )
+    rows = tx.execute(_FREE, {"contract": contract_id})
     return [Interval(row.starts_at, row.ends_at) for row in rows]
 
 
 def list_postings(tx: Connection, contract_id: str, kind: str) -> dict[Any, sa.Row[Any]]:
     """How far each line stands, by (month, price_from)."""
-    rows = tx.execute(
-        sa.select(postings).where(postings.c.contract_id == contract_id, postings.c.kind == kind)
-    )
+    rows = tx.execute(_POSTINGS, {"contract": contract_id, "as_kind": kind})
     return {(row.month, row.price_from): row for row in rows}
 
 
@@ -375,22 +380,19 @@ def keep_posting(
     tx: Connection, contract: Contract, kind: str, key: tuple[datetime, datetime], **values: Any
 ) -> None:
     """Set how far a line is posted."""
-    where = (
-        (postings.c.contract_id == contract.id)
-        & (postings.c.kind == kind)
-        & (postings.c.month == key[0])
-        & (postings.c.price_from == key[1])
-    )
-    if tx.execute(postings.update().where(where).values(**values)).rowcount == 0:
+    month, price_from = key
+    line = {"contract": contract.id, "as_kind": kind, "in_month": month, "priced_from": price_from}
+    if tx.execute(_POST, {**line, **values}).rowcount == 0:
         tx.execute(
-            postings.insert().values(
-                contract_id=contract.id,
-                organisation_id=contract.organisation_id,
-                kind=kind,
-                month=key[0],
-                price_from=key[1],
+            postings.insert(),
+            {
+                "contract_id": contract.id,
+                "organisation_id": contract.organisation_id,
+                "kind": kind,
+                "month": month,
+                "price_from": price_from,
                 **values,
-            )
+            },
         )
 
 

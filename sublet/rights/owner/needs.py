@@ -16,13 +16,13 @@ from sqlalchemy import Connection
 
 from sublet.base.store import Work
 from sublet.capacity import allocation, fleet
-from sublet.capacity.allocation import Claim, PoolBook, Rank, Urgency
+from sublet.capacity.allocation import Claim, PoolBook, Urgency
 from sublet.rights.owner import store
 from sublet.rights.owner.model import LIVE, RowState
+from sublet.rights.owner.planning import NEVER, is_quick
 
 OWNER_RECALL = "owner_recall"
 RECALL_PREFIX = "rec_"
-NEVER = timedelta(days=3650)
 
 Demand = tuple[datetime, int]
 """By that instant so many devices in all."""
@@ -39,7 +39,7 @@ def ask(work: Work, pool_id: str) -> datetime | None:
 
     Returns when the next notice is due, or None.
     """
-    pledged = _pledged(work)
+    pledged = pledged_by_recalls(work.tx)
     waiting = _waiting(work, pool_id)
     promise = timedelta(seconds=fleet.get_pool(work.tx, pool_id).return_promise_seconds)
     demands = _demands(waiting, promise, work.now)
@@ -71,11 +71,11 @@ def _waiting(work: Work, pool_id: str) -> list[Claim]:
     ]
 
 
-def _pledged(work: Work) -> dict[str, datetime]:
+def pledged_by_recalls(tx: Connection) -> dict[str, datetime]:
     """Whom accepted recalls end, with the date: they free devices for those, and only once."""
     return {
         victim.claim_id: row.free_by
-        for recall in store.list_recalls(work.tx, limit=1000, live_only=True)
+        for recall in store.list_recalls(tx, limit=1000, live_only=True)
         if recall.state in LIVE
         for row in recall.rows
         if row.claim_id is not None and row.state is RowState.WAITING
@@ -113,7 +113,7 @@ def _tell(
     rows = list(plan.rows)
     if plan.shortfall is not None:
         # Late is better than not at all, as long as it is spot that leaves.
-        rows += [row for row in plan.shortfall.rows if _is_quick(bare, row)]
+        rows += [row for row in plan.shortfall.rows if is_quick(bare, row)]
     next_at: datetime | None = None
     for row in rows:
         for victim in row.victims:
@@ -124,11 +124,6 @@ def _tell(
             term_at = max(victim.term_at, allocation.earliest_term_at(claim, work.now))
             allocation.give_notice(work, claim.id, reason=OWNER_RECALL, term_at=term_at)
     return next_at
-
-
-def _is_quick(book: PoolBook, row: allocation.Row) -> bool:
-    claims = [book.find(victim.claim_id) for victim in row.victims]
-    return bool(claims) and all(claim is not None and claim.rank <= Rank.SPOT for claim in claims)
 
 
 def _withdraw_spare(

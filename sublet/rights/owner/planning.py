@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from fractions import Fraction
@@ -12,21 +12,34 @@ from sublet.base.kernel.money import round_half_even
 from sublet.base.kernel.price import DEVICE_HOUR_MS
 from sublet.capacity import allocation
 from sublet.capacity.allocation import Plan, PoolBook, Rank
-from sublet.rights.owner.model import RecallRow, Victim
+from sublet.rights.owner.model import Recall, RecallRow, Victim
+
+NEVER = timedelta(days=3650)
+LEAD_SLACK = timedelta(seconds=1)
+"""A plan is computed to the microsecond; a lead that grew by more than this is another plan."""
 
 
 def make_plan(
-    book: PoolBook, wanted: int, *, by: datetime | None, until: datetime | None, now: datetime
+    book: PoolBook,
+    wanted: int,
+    *,
+    by: datetime | None,
+    until: datetime | None,
+    now: datetime,
+    pledged: Mapping[str, datetime],
+    whole_node: bool = False,
 ) -> tuple[tuple[RecallRow, ...], Plan]:
     """The rows of a recall and the plan they come from; what is not in rows is its shortfall.
 
-    Without a date the rows are all that idle devices and spot's notices give, each as soon as
+    `pledged`: whom accepted recalls end already, and by when. Without a date the rows are all that idle devices and spot's notices give, each as soon as
     its notice allows; firmer sales stand in the shortfall, with their dates.
     """
-    plan = allocation.plan(book, wanted, by or now, now=now, until=until)
+    plan = allocation.plan(
+        book, wanted, by or now, now=now, until=until, whole_node=whole_node, pledged=pledged
+    )
     found = list(plan.rows)
     if by is None and plan.shortfall is not None:
-        found += [row for row in plan.shortfall.rows if _is_quick(book, row)]
+        found += [row for row in plan.shortfall.rows if is_quick(book, row)]
     rows = tuple(
         RecallRow(
             number=number,
@@ -39,7 +52,8 @@ def make_plan(
     return rows, plan
 
 
-def _is_quick(book: PoolBook, row: allocation.Row) -> bool:
+def is_quick(book: PoolBook, row: allocation.Row) -> bool:
+    """Whether only spot and filler leave for it: what nobody has to ask the owner twice about."""
     claims = [book.find(victim.claim_id) for victim in row.victims]
     return bool(claims) and all(claim is not None and claim.rank <= Rank.SPOT for claim in claims)
 
@@ -87,29 +101,51 @@ def buy_back_micros(book: PoolBook, plan: Plan, now: datetime) -> int | None:
 
 
 def kept(
-    book: PoolBook, rows: Sequence[RecallRow], *, by: datetime | None, now: datetime
+    book: PoolBook,
+    recall: Recall,
+    rows: Sequence[RecallRow],
+    *,
+    now: datetime,
+    pledged: Mapping[str, datetime],
 ) -> tuple[RecallRow, ...] | None:
     """The rows as they stand if they are accepted now, or None if one no longer holds.
 
     A row whose notice goes out at once counts from acceptance when no date was asked for: its
-    instants move with it. With a date they do not.
+    instants move with it, and its lead stays what the plan said. With a date they do not move.
     """
-    idle = sum(row.devices for row in rows if not row.victims and row.free_by <= now)
-    if idle and allocation.plan(book, idle, now, now=now).delivered < idle:
-        return None
     found = []
     for row in rows:
         if not row.victims:
             found.append(replace(row, free_by=max(row.free_by, now)))
             continue
-        moved = _moved(book, row, now=now, is_dated=by is not None)
+        moved = _moved(book, recall, row, now=now)
         if moved is None:
             return None
         found.append(moved)
-    return tuple(found)
+    return tuple(found) if delivers(book, found, now=now, pledged=pledged) else None
 
 
-def _moved(book: PoolBook, row: RecallRow, *, now: datetime, is_dated: bool) -> RecallRow | None:
+def delivers(
+    book: PoolBook,
+    rows: Sequence[RecallRow],
+    *,
+    now: datetime,
+    pledged: Mapping[str, datetime],
+) -> bool:
+    """Whether the rows together bring what they say by their dates, if only their own victims and
+    those of recalls accepted before leave."""
+    stays = {c.id: c.held_until() or now + NEVER for c in book.claims if c.is_sale}
+    leaves = {victim.claim_id: row.free_by for row in rows for victim in row.victims}
+    known = {**stays, **pledged, **leaves}
+    devices = 0
+    for row in sorted(rows, key=lambda row: row.free_by):
+        devices += row.devices
+        if allocation.plan(book, devices, row.free_by, now=now, pledged=known).delivered < devices:
+            return False
+    return True
+
+
+def _moved(book: PoolBook, recall: Recall, row: RecallRow, *, now: datetime) -> RecallRow | None:
     victims = []
     free_by = row.free_by
     for victim in row.victims:
@@ -120,6 +156,8 @@ def _moved(book: PoolBook, row: RecallRow, *, now: datetime, is_dated: bool) -> 
         term_at = max(victim.term_at, allocation.earliest_term_at(claim, notice_at))
         free_by = max(free_by, term_at + timedelta(seconds=claim.release.stop_seconds))
         victims.append(replace(victim, notice_at=notice_at, term_at=term_at))
-    if is_dated and free_by > row.free_by:
+    if recall.by is not None and free_by > row.free_by:
+        return None
+    if free_by - now > row.free_by - recall.planned_at + LEAD_SLACK:
         return None
     return replace(row, free_by=free_by, victims=tuple(victims))

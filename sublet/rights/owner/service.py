@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -54,6 +55,16 @@ def plan_recall(
     `devices` × `count` in addition to what first-party holds. Errors: PoolNotFound, Invalid.
     """
     size = len(fleet.list_devices(work.tx, fleet.get_pool(work.tx, pool_id).id))
+    if (
+        devices > 1
+        and not _is_whole_node(work.tx, pool_id, devices)
+        and _has_nodes(work.tx, pool_id)
+    ):
+        raise Invalid(
+            "devices: over several nodes a recall is for single devices or whole nodes; "
+            f"send 1 or {_largest_node(work.tx, pool_id)}.",
+            param="devices",
+        )
     if not 1 <= devices * count <= size:
         raise Invalid(f"count: the pool has {size} devices; ask for 1 to {size}.", param="count")
     if by is not None and by <= work.now:
@@ -61,6 +72,19 @@ def plan_recall(
     if until is not None and until <= (by or work.now):
         raise Invalid("until: must lie after `by`; leave it out: until given back.", param="until")
     return _plan(work, identity.organisation.id, pool_id, devices, count, by, until)
+
+
+def _has_nodes(tx: Connection, pool_id: str) -> bool:
+    return len(fleet.list_nodes(tx, pool_id)) > 1
+
+
+def _largest_node(tx: Connection, pool_id: str) -> int:
+    return max(Counter(device.node_id for device in fleet.list_devices(tx, pool_id)).values())
+
+
+def _is_whole_node(tx: Connection, pool_id: str, devices: int) -> bool:
+    """Whether so many devices are all of a node, in a pool where that is not everything."""
+    return _has_nodes(tx, pool_id) and devices == _largest_node(tx, pool_id)
 
 
 def plan_again(work: Work, recall_id: str) -> Recall:
@@ -81,7 +105,15 @@ def _plan(
 ) -> Recall:
     book = allocation.get_book(work, pool_id)
     wanted = devices * count
-    rows, plan = planning.make_plan(book, wanted, by=by, until=until, now=work.now)
+    rows, plan = planning.make_plan(
+        book,
+        wanted,
+        by=by,
+        until=until,
+        now=work.now,
+        pledged=needs.pledged_by_recalls(work.tx),
+        whole_node=_is_whole_node(work.tx, pool_id, devices),
+    )
     missing, earliest_at = planning.shortfall_of(plan, rows, wanted)
     return store.insert_recall(
         work,
@@ -133,7 +165,8 @@ def accept_recall(work: Work, recall_id: str, rows: Collection[int] | None = Non
         )
     book = allocation.get_book(work, recall.pool_id)
     chosen = [row for row in recall.rows if row.number in numbers]
-    kept = planning.kept(book, chosen, by=recall.by, now=work.now)
+    pledged = needs.pledged_by_recalls(work.tx)
+    kept = planning.kept(book, recall, chosen, now=work.now, pledged=pledged)
     if kept is None:
         raise PlanStale
     for row in kept:
@@ -184,6 +217,7 @@ def _row_claim(work: Work, recall: Recall, row: RecallRow, *, is_early: bool = F
         rank=Rank.LEASE,
         devices=shape,
         count=row.devices // shape,
+        whole_node=_is_whole_node(work.tx, recall.pool_id, shape),
         starts_at=starts_at,
         release=Release(ends_at=ends_at, notice_seconds=0),
     )
@@ -225,7 +259,7 @@ def _delivered(work: Work, recall: Recall, row: RecallRow) -> bool:
         delivered_at=work.now,
         device_ids=list(device_ids),
     )
-    _withdraw(work, row)
+    needs.ask(work, recall.pool_id)
     return True
 
 
@@ -241,16 +275,6 @@ def _notify(work: Work, row: RecallRow) -> None:
             allocation.give_notice(work, claim.id, reason=OWNER_RECALL, term_at=term_at)
         except allocation.NoticeRecentlyWithdrawn:
             continue  # Told again in less than ten minutes it is not; the row comes late, and says so.
-
-
-def _withdraw(work: Work, row: RecallRow) -> None:
-    """Take back the notices of a row that needs them no longer."""
-    for victim in row.victims:
-        claim = allocation.get_claim(work.tx, victim.claim_id)
-        told = claim.released_at is None and claim.noticed_at is not None
-        is_ours = told and claim.notice_reason == OWNER_RECALL
-        if is_ours and claim.term_at is not None and claim.term_at > work.now:
-            allocation.withdraw_notice(work, claim.id)
 
 
 def _settled(work: Work, recall: Recall) -> Recall:
@@ -292,11 +316,10 @@ def cancel_recall(work: Work, recall_id: str) -> Recall:
             + ("give it back instead." if recall.state is RecallState.DELIVERED else "it is over."),
             state=str(recall.state),
         )
-    for row in recall.rows:
-        if row.claim_id is not None and row.state is RowState.WAITING:
-            _withdraw(work, row)
     _let_go(work, recall, RowState.WITHDRAWN)
     move(work, recall, RecallState.CANCELLED, ended_at=work.now)
+    # Its notices are taken back now, but for those that somebody else has come to rely on.
+    needs.ask(work, recall.pool_id)
     return store.get_recall(work.tx, recall_id)
 
 
@@ -360,7 +383,7 @@ def first_party_claim(
     else it stands on its own, takes a free device, and where none is free its need brings notices
     (committed and urgent only). What cannot be had within the pool's promise is a Shortfall.
     """
-    parent = _room_in_recalls(work.tx, pool_id, devices * count)
+    parent = _room_in_recalls(work, pool_id, devices, count)
     claim = allocation.file_first_party(
         work,
         Claim(
@@ -386,19 +409,27 @@ def first_party_claim(
     return claim
 
 
-def _room_in_recalls(tx: Connection, pool_id: str, size: int) -> str | None:
-    """A recall's claim with room for so many devices; delivered ones first."""
-    found: list[tuple[bool, str]] = []
-    for recall in store.list_recalls(tx, limit=1000, live_only=True):
-        if recall.pool_id != pool_id:
-            continue
+def _room_in_recalls(work: Work, pool_id: str, devices: int, count: int) -> str | None:
+    """A recall's claim with room for such units: one that is delivered; else, if no device is
+    free, one that will be within the pool's promise."""
+    soon = work.now + promise_of(work.tx, pool_id)
+    found: list[tuple[datetime, str]] = []
+    for recall in store.list_recalls(work.tx, limit=1000, live_only=True):
         for row in recall.rows:
-            if row.claim_id is None or row.state not in (RowState.WAITING, RowState.DELIVERED):
+            if recall.pool_id != pool_id or row.claim_id is None:
                 continue
-            used = sum(child.size for child in allocation.list_children(tx, row.claim_id))
-            if row.devices - used >= size:
-                found.append((row.state is RowState.WAITING, row.claim_id))
-    return min(found)[1] if found else None
+            claim = allocation.get_claim(work.tx, row.claim_id)
+            used = sum(child.size for child in allocation.list_children(work.tx, row.claim_id))
+            if claim.devices % devices or row.devices - used < devices * count:
+                continue
+            if row.state is RowState.DELIVERED:
+                return row.claim_id
+            if row.state is RowState.WAITING and row.free_by <= soon:
+                found.append((row.free_by, row.claim_id))
+    book = allocation.get_book(work, pool_id)
+    size = devices * count
+    is_free = allocation.plan(book, size, work.now, now=work.now).delivered >= size
+    return None if is_free or not found else min(found)[1]
 
 
 def _note_shortfall(work: Work, claim: Claim) -> None:

@@ -258,6 +258,7 @@ _RUN = sa.select(runs).where(runs.c.id == sa.bindparam("run"))
 _LIVE_RUN = sa.select(runs).where(
     runs.c.workload_id == sa.bindparam("of"), runs.c.state.not_in(_OVER)
 )
+_LIVE_RUNS = sa.select(runs).where(runs.c.state.not_in(_OVER)).order_by(runs.c.seq)
 _LAST_RUN = (
     sa.select(runs)
     .where(runs.c.workload_id == sa.bindparam("of"))
@@ -304,7 +305,7 @@ def list_runs(tx: Connection, workload_id: str) -> list[Run]:
 
 
 def list_live_runs(tx: Connection) -> list[Run]:
-    rows = tx.execute(sa.select(runs).where(runs.c.state.not_in(_OVER)).order_by(runs.c.seq))
+    rows = tx.execute(_LIVE_RUNS)
     return [_run(row) for row in rows]
 
 
