@@ -7,8 +7,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 
-import sqlalchemy as sa
-
 from sublet.app.clockwork import anchored
 from sublet.app.folder import Folder, keep_private
 from sublet.app.migrate import migrate
@@ -16,7 +14,7 @@ from sublet.app.settings import Settings
 from sublet.app.wiring import local_engine
 from sublet.base.kernel.clock import Clock
 from sublet.base.kernel.ids import SystemIds
-from sublet.base.store import Actor, Store, Work, open_store
+from sublet.base.store import Actor, Store, Work, bare_engine, open_store
 from sublet.base.store.installation import find_fact, keep_fact
 from sublet.capacity import allocation, fleet
 from sublet.capacity.engines.port import Engine, Inventory, Phase
@@ -60,7 +58,7 @@ def open_folder(settings: Settings, folder: Folder, *, tour: bool, say: Say) -> 
 
 
 def _open_store(settings: Settings) -> tuple[Store, Clock]:
-    bare = sa.create_engine(settings.database)
+    bare = bare_engine(settings.database)
     if settings.database_url is None:
         # SQLite gives the files beside it the mode that it has. Another user is told by `migrate`.
         with suppress(OSError):

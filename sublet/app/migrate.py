@@ -56,7 +56,10 @@ def alembic_config() -> Config:
 
 
 def migrate(engine: sa.Engine) -> None:
-    """Upgrade to the newest schema. Raises DatabaseTooNew, DatabaseUnreadable; changes nothing then."""
+    """Upgrade to the newest schema, in one transaction: wholly or not at all.
+
+    `engine` is a `bare_engine`. Raises DatabaseTooNew, DatabaseUnreadable; changes nothing then.
+    """
     config = alembic_config()
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
     try:

@@ -25,12 +25,15 @@ from sublet.app import first
 from sublet.app.child import ORDERS, Orders
 from sublet.app.folder import Folder, write_private
 from sublet.app.settings import Settings
+from sublet.base.kernel.clock import read_boot_ns
 from sublet.base.kernel.errors import SubletError, Unavailable
 
 Say = Callable[[str], None]
 
 READY_SECONDS = 60.0
 RESTARTS_ALLOWED = 5
+RESTARTS_WITHIN_SECONDS = 600.0
+"""More restarts of one process than that, in so long, and the cloud is closed by hand."""
 CHILD_GRACE_SECONDS = 10.0
 
 
@@ -44,7 +47,8 @@ class PortInUse(Unavailable):
 class Child:
     orders: Orders
     process: subprocess.Popen[bytes]
-    restarts: int = 0
+    restarted_at: tuple[float, ...] = ()
+    """Boot seconds of its restarts that still count."""
 
 
 @dataclass(slots=True)
@@ -89,6 +93,7 @@ def main(
         say(f"sublet: {error.message}")
         return 1
     cloud = Cloud(opened.settings, folder, lock_fd, sockets)
+    _forget(ready_file)
     _catch_signals(cloud)
     try:
         _start_all(cloud)
@@ -109,9 +114,16 @@ def main(
     elif tour and not opened.owner_key:
         say("The tour ran on the first start of this data folder: again with `sublet tour`.")
     code = _watch(cloud, say)
-    with suppress(OSError):
-        folder.running.unlink()
+    _forget(folder.running)
+    _forget(ready_file)
     return code
+
+
+def _forget(path: Path | None) -> None:
+    """Addresses of a cloud that is not open mislead whoever waits for them."""
+    if path is not None:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _facts(cloud: Cloud, owner_key: str | None) -> dict[str, Any]:
@@ -226,7 +238,7 @@ def _watch(cloud: Cloud, say: Say) -> int:
             break
         for child in list(cloud.children):
             if child.process.poll() is not None and not _restarted(cloud, child, say):
-                _end_children(cloud, signal.SIGTERM)
+                _leave(cloud, say)
                 return 1
     if cloud.signals[0] == signal.SIGTERM:
         return _leave(cloud, say)
@@ -236,13 +248,17 @@ def _watch(cloud: Cloud, say: Say) -> int:
 def _restarted(cloud: Cloud, child: Child, say: Say) -> bool:
     orders = child.orders
     cloud.children.remove(child)
-    if child.restarts >= RESTARTS_ALLOWED:
+    now = read_boot_ns() / 1e9
+    lately = tuple(at for at in child.restarted_at if now - at < RESTARTS_WITHIN_SECONDS)
+    if len(lately) >= RESTARTS_ALLOWED:
         say(f"sublet: the {orders.role} process keeps ending; its log is {cloud.folder.log}.")
         return False
     say(f"The {orders.role} process ended ({child.process.returncode}); starting it again.")
+    # A little longer each time: what fails at once should not fill the log.
+    cloud.woken.wait(len(lately))
     listening = {"api": "api", "bastion": "ssh"}.get(orders.role)
     ready = _spawn(cloud, orders.role, listening, orders.number)
-    cloud.children[-1].restarts = child.restarts + 1
+    cloud.children[-1].restarted_at = (*lately, now)
     try:
         _await_ready(orders.role, ready, cloud)
     except SubletError as error:

@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import sqlalchemy as sa
 import structlog
 
 from sublet.app.clockwork import anchored
@@ -16,7 +15,7 @@ from sublet.app.settings import Settings
 from sublet.base.kernel.clock import Clock
 from sublet.base.kernel.ids import Ids, SystemIds
 from sublet.base.kernel.money import Money
-from sublet.base.store import Store, open_store
+from sublet.base.store import Store, bare_engine, open_store
 from sublet.base.store.installation import find_fact
 from sublet.capacity.engines.local import LocalEngine
 from sublet.capacity.engines.port import Engine
@@ -41,7 +40,7 @@ class App:
 def open_app(settings: Settings) -> App:
     """An App on this machine. The database must be migrated already."""
     folder = Folder(settings.data.resolve())
-    bare = sa.create_engine(settings.database)
+    bare = bare_engine(settings.database)
     try:
         clock = anchored(bare)
     finally:

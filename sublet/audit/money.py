@@ -23,7 +23,9 @@ LATELY = timedelta(hours=1)
 """Contracts that ended longer ago are checked by their quantities, no longer by rating them again."""
 
 
-@invariant("What was posted for a contract without an open meter is for exactly what was metered.")
+@invariant(
+    "What was posted or lost for a contract without an open meter is for exactly what was metered."
+)
 def posted_quantity_is_metered(look: Look) -> Iterator[str]:
     opened = set(
         look.tx.execute(sa.select(meters.c.contract_id).where(meters.c.closed_at.is_(None)))
@@ -34,7 +36,9 @@ def posted_quantity_is_metered(look: Look) -> Iterator[str]:
     for row in look.tx.execute(sa.select(usage).where(usage.c.kind == "held")):
         metered[row.contract_id] += row.devices * (millis(row.ends_at) - millis(row.starts_at))
     posted: dict[str, int] = defaultdict(int)
-    for row in look.tx.execute(sa.select(postings).where(postings.c.kind == "usage")):
+    for row in look.tx.execute(
+        sa.select(postings).where(postings.c.kind.in_([market.USAGE, market.LOSS]))
+    ):
         posted[row.contract_id] += row.quantity
     for contract_id in metered.keys() | posted.keys():
         if contract_id in opened or contract_id is None:
@@ -42,12 +46,13 @@ def posted_quantity_is_metered(look: Look) -> Iterator[str]:
         if metered[contract_id] != posted[contract_id]:
             yield (
                 f"{contract_id}: metered {metered[contract_id]} device-ms, "
-                f"posted for {posted[contract_id]}"
+                f"posted or lost for {posted[contract_id]}"
             )
 
 
 @invariant(
-    "What was posted for a contract is its price times what was metered, rounded once a line."
+    "What was posted and lost for a contract is its price times what was metered, rounded once a "
+    "line."
 )
 def posted_is_rated(look: Look) -> Iterator[str]:
     opened = sa.select(meters.c.contract_id).where(meters.c.closed_at.is_(None))
@@ -58,9 +63,10 @@ def posted_is_rated(look: Look) -> Iterator[str]:
     )
     for contract_id in look.tx.execute(query).scalars().all():
         rated = market.rate_so_far(look.tx, market.get_contract(look.tx, contract_id)).amount
-        posted = ledger.posted(look.tx, contract_id, "usage")
-        if rated != posted:
-            yield f"{contract_id}: rated {rated}, posted {posted}"
+        posted = ledger.posted(look.tx, contract_id, market.USAGE)
+        lost = ledger.lost(look.tx, contract_id)
+        if rated != posted + lost:
+            yield f"{contract_id}: rated {rated}, posted {posted}, lost {lost}"
 
 
 @invariant("Nobody is given back more for a contract than was charged for it.")

@@ -7,7 +7,7 @@ Always   one Work is one transaction with one `now`, read after the write lock i
 Callers  every package's `store`; edges and loops open Works, services never commit.
 """
 
-from sublet.base.store.database import Store, StoreUnavailable, open_store
+from sublet.base.store.database import Store, StoreUnavailable, bare_engine, open_store
 from sublet.base.store.outbox import Envelope, advance, pending
 from sublet.base.store.types import Instant, Json, metadata
 from sublet.base.store.work import Actor, Event, Work
@@ -22,6 +22,7 @@ __all__ = [
     "StoreUnavailable",
     "Work",
     "advance",
+    "bare_engine",
     "metadata",
     "open_store",
     "pending",

@@ -80,6 +80,12 @@ def _translated() -> Iterator[None]:
         ) from error
 
 
+def bare_engine(url: str) -> Engine:
+    """Connections with the settings of a Store and nothing more: for what comes before it, the
+    migration and the clock's anchor. A block of `begin()` is one transaction, tables included."""
+    return _engine(sa.engine.make_url(url), writes=True)
+
+
 def open_store(url: str, clock: Clock, ids: Ids) -> Store:
     """`sqlite:////abs/path/sublet.db` or `postgresql+psycopg://…`."""
     return Store(url, clock, ids)

@@ -40,21 +40,26 @@ class Envelope:
         return event_type(**restore(event_type, self.payload))
 
 
+_PENDING = (
+    sa.select(outbox)
+    .where(
+        outbox.c.seq
+        > sa.select(sa.func.coalesce(sa.func.max(cursors.c.seq), 0))
+        .where(cursors.c.consumer == sa.bindparam("consumer"))
+        .scalar_subquery(),
+        outbox.c.kind.in_(sa.bindparam("kinds", expanding=True)),
+    )
+    .order_by(outbox.c.seq)
+    .limit(sa.bindparam("most"))
+)
+
+
 def pending(
     tx: Connection, consumer: str, kinds: Sequence[type[Event]], *, limit: int = 200
 ) -> list[Envelope]:
     """The oldest events of these kinds that the consumer has not passed, in order."""
-    passed = (
-        sa.select(sa.func.coalesce(sa.func.max(cursors.c.seq), 0))
-        .where(cursors.c.consumer == consumer)
-        .scalar_subquery()
-    )
-    rows = tx.execute(
-        sa.select(outbox)
-        .where(outbox.c.seq > passed, outbox.c.kind.in_([k.kind for k in kinds]))
-        .order_by(outbox.c.seq)
-        .limit(limit)
-    )
+    asked = {"consumer": consumer, "kinds": [k.kind for k in kinds], "most": limit}
+    rows = tx.execute(_PENDING, asked)
     return [Envelope(seq=r.seq, kind=r.kind, payload=r.payload, at=r.at) for r in rows]
 
 

@@ -76,11 +76,13 @@ class Nodes:
 class Shelves:
     """Claims by id in shared chunks: a change copies one chunk and the list of chunks."""
 
-    __slots__ = ("_chunks", "_count")
+    __slots__ = ("_all", "_chunks", "_count")
 
     def __init__(self, chunks: tuple[Mapping[str, Claim], ...], count: int) -> None:
         self._chunks = chunks
         self._count = count
+        self._all: tuple[Claim, ...] | None = None
+        """Gathered when first asked for: a loop's look goes through all claims several times."""
 
     @classmethod
     def of(cls, claims: Iterable[Claim]) -> Shelves:
@@ -96,8 +98,9 @@ class Shelves:
         return self._count
 
     def __iter__(self) -> Iterator[Claim]:
-        for chunk in self._chunks:
-            yield from chunk.values()
+        if self._all is None:
+            self._all = tuple(claim for chunk in self._chunks for claim in chunk.values())
+        return iter(self._all)
 
     def find(self, claim_id: str) -> Claim | None:
         return self._chunks[crc32(claim_id.encode()) % CHUNKS].get(claim_id)

@@ -116,11 +116,16 @@ class Placement:
 
 
 # What every rent runs is built once: building a statement costs more than running it.
+_POOL_IDS = sa.select(pools.c.pool_id).order_by(pools.c.pool_id)
 _POOL = sa.select(pools).where(pools.c.pool_id == sa.bindparam("pool"))
 _CHANGE_POOL = pools.update().where(pools.c.pool_id == sa.bindparam("pool"))
 _LOCK = _CHANGE_POOL.values(generation=pools.c.generation)
 _CLAIM = sa.select(claims).where(claims.c.id == sa.bindparam("claim"))
 _UPDATE_CLAIM = claims.update().where(claims.c.id == sa.bindparam("claim"))
+_ACTIVE = sa.select(claims).where(claims.c.released_at.is_(None)).order_by(claims.c.seq)
+_ACTIVE_CLAIMS = _ACTIVE.where(claims.c.pool_id == sa.bindparam("pool"))
+_PINNED = _ACTIVE_CLAIMS.where(claims.c.term_at.is_not(None), claims.c.noticed_at.is_(None))
+_CHILDREN = _ACTIVE.where(claims.c.parent_claim_id == sa.bindparam("parent"))
 _CHANGED_CLAIMS = (
     sa.select(claims)
     .where(claims.c.pool_id == sa.bindparam("pool"), claims.c.generation > sa.bindparam("after"))
@@ -160,7 +165,7 @@ def find_pool(tx: Connection, pool_id: str) -> PoolRow | None:
 
 
 def list_pool_ids(tx: Connection) -> list[str]:
-    return list(tx.execute(sa.select(pools.c.pool_id).order_by(pools.c.pool_id)).scalars())
+    return list(tx.execute(_POOL_IDS).scalars())
 
 
 def keep_generation(tx: Connection, pool_id: str, generation: int) -> None:
@@ -205,21 +210,13 @@ def find_claim_of(tx: Connection, holder: str) -> Claim | None:
 
 
 def list_active_claims(tx: Connection, pool_id: str) -> list[Claim]:
-    rows = tx.execute(
-        sa.select(claims)
-        .where(claims.c.pool_id == pool_id, claims.c.released_at.is_(None))
-        .order_by(claims.c.seq)
-    )
+    rows = tx.execute(_ACTIVE_CLAIMS, {"pool": pool_id})
     return [_claim(row) for row in rows]
 
 
 def list_children(tx: Connection, claim_id: str) -> list[Claim]:
     """What runs inside a first-party claim now."""
-    rows = tx.execute(
-        sa.select(claims)
-        .where(claims.c.parent_claim_id == claim_id, claims.c.released_at.is_(None))
-        .order_by(claims.c.seq)
-    )
+    rows = tx.execute(_CHILDREN, {"parent": claim_id})
     return [_claim(row) for row in rows]
 
 
@@ -231,16 +228,7 @@ def list_changed_claims(tx: Connection, pool_id: str, after: int) -> list[Claim]
 
 def list_pinned(tx: Connection, pool_id: str) -> list[Claim]:
     """Claims whose end is fixed in the book and who have not been told yet."""
-    rows = tx.execute(
-        sa.select(claims)
-        .where(
-            claims.c.pool_id == pool_id,
-            claims.c.released_at.is_(None),
-            claims.c.term_at.is_not(None),
-            claims.c.noticed_at.is_(None),
-        )
-        .order_by(claims.c.seq)
-    )
+    rows = tx.execute(_PINNED, {"pool": pool_id})
     return [_claim(row) for row in rows]
 
 

@@ -9,6 +9,7 @@ product page:
     runway   the engine may run to `until` − scrub: a SIGTERM that comes late is still paid for
     stop     when the money reaches no further than grace + scrub + a look: the workload is
              stopped then, without notice, while the hold still covers its grace
+    silence  neither hold nor runway grows for a run whose last evidence is older than 3 minutes
     end      a run whose SIGTERM is fixed, by notice or by purchase, needs cover to that SIGTERM
              + grace + scrub and no further
 
@@ -32,6 +33,9 @@ RENEW_SECONDS = 300
 LOOK_SECONDS = 10
 """How late a look may come without breaking a promise."""
 SLACK_SECONDS = 120
+SILENT_SECONDS = 180
+"""A run that gave no evidence for this long is renewed no further until it does: its own supervisor
+ends it at its runway, and its hold must not grow with a silence that is perhaps never billed."""
 
 WARN_SECONDS = (86_400, 3_600, 900)
 """Credit ÷ burn at which a consumer is warned: 24 h, 1 h, 15 min."""

@@ -18,6 +18,8 @@ from sublet.base.kernel.money import Money
 from sublet.base.store import Work
 from sublet.money.billing import store
 from sublet.money.billing.cover import (
+    LOOK_SECONDS,
+    SILENT_SECONDS,
     Ahead,
     Burn,
     Cover,
@@ -114,6 +116,10 @@ def _hold(work: Work, case: _Case) -> datetime:
     held = ledger.find_hold(work.tx, case.workload_id)
     run = compute.find_live_run(work.tx, case.workload_id)
     assert run is not None, f"{case.meter.run_id} is metered and no live run"
+    silence = (work.now - case.meter.last_evidence_at).total_seconds()
+    if held is not None and silence > SILENT_SECONDS:
+        # Heard again within its runway, it has its whole cover at the next look.
+        return work.now + timedelta(seconds=LOOK_SECONDS)
     if run.stop_reason is not None:
         # It is being ended: what it still uses is held already and needs no renewal.
         if held is not None:

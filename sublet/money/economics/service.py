@@ -48,7 +48,7 @@ def _posted(tx: Connection, start: datetime, end: datetime) -> Posted:
             for name, micros in moved.items()
             if name.startswith(prefix)
         },
-        credits=-moved.get(ledger.CREDITS, 0),
+        credits=-(moved.get(ledger.CREDITS, 0) + moved.get(ledger.LOSSES, 0)),
         trial=-moved.get(ledger.TRIAL, 0),
         payments=-moved.get(ledger.PAYMENTS, 0),
     )

@@ -170,7 +170,11 @@ FORMULAS: Mapping[str, tuple[Unit, str]] = {
         "money",
         "sum of what was posted to revenue in the window, first-party use left out",
     ),
-    "credits": ("money", "sum of credits posted in the window, those of first-party use left out"),
+    "credits": (
+        "money",
+        "sum of credits posted in the window, those of first-party use left out, and of use that "
+        "no credit covered",
+    ),
     "trial": ("money", "credit granted in the window without payment"),
     "payments": ("money", "payments recorded in the window"),
     "first_party": (

@@ -210,7 +210,7 @@ def lapse(work: Work, now: datetime, keep: Collection[str]) -> list[Hold]:
     `keep` names the subjects whose meter is open: their use must stay covered, and the end of
     their hold only ends the runway.
     """
-    expired = store.list_holds(work.tx, store.holds.c.expires_at <= now)
+    expired = store.list_expired_holds(work.tx, now)
     return [release_hold(work, found.id) for found in expired if found.subject not in keep]
 
 
@@ -221,7 +221,7 @@ def find_hold(tx: Connection, subject: str) -> Hold | None:
 
 def list_holds(tx: Connection, organisation_id: str) -> list[Hold]:
     """The open holds of an organisation, oldest first."""
-    return store.list_holds(tx, store.holds.c.organisation_id == organisation_id)
+    return store.list_holds(tx, organisation_id)
 
 
 def balance(tx: Connection, account: str) -> Money:

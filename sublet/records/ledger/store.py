@@ -353,13 +353,19 @@ def find_open_hold(tx: Connection, subject: str) -> Hold | None:
     return None if row is None else _hold(row)
 
 
-def list_holds(tx: Connection, *where: sa.ColumnElement[bool]) -> list[Hold]:
-    rows = tx.execute(
-        sa.select(holds)
-        .where(holds.c.state == HoldState.OPEN, *where)
-        .order_by(holds.c.created_at, holds.c.id)
-    )
-    return [_hold(row) for row in rows]
+_OPEN_HOLDS = (
+    sa.select(holds).where(holds.c.state == HoldState.OPEN).order_by(holds.c.created_at, holds.c.id)
+)
+_EXPIRED = _OPEN_HOLDS.where(holds.c.expires_at <= sa.bindparam("by"))
+_HOLDS_OF = _OPEN_HOLDS.where(holds.c.organisation_id == sa.bindparam("organisation"))
+
+
+def list_expired_holds(tx: Connection, by: datetime) -> list[Hold]:
+    return [_hold(row) for row in tx.execute(_EXPIRED, {"by": by})]
+
+
+def list_holds(tx: Connection, organisation_id: str) -> list[Hold]:
+    return [_hold(row) for row in tx.execute(_HOLDS_OF, {"organisation": organisation_id})]
 
 
 def _transfer(row: sa.Row[Any]) -> Transfer:

@@ -56,6 +56,7 @@ from sublet.rights.market.service import (
     end_contract,
     find_contract_of,
     get_contract,
+    get_contracts,
     get_quote,
     hold_for,
     list_active_contracts,
@@ -71,6 +72,7 @@ from sublet.rights.market.service import (
 from sublet.rights.market.settlement import (
     FIRST_PARTY_CREDIT,
     INTERRUPTION_CREDIT,
+    LOSS,
     USAGE,
     settle,
 )
@@ -78,6 +80,7 @@ from sublet.rights.market.settlement import (
 __all__ = [
     "FIRST_PARTY_CREDIT",
     "INTERRUPTION_CREDIT",
+    "LOSS",
     "USAGE",
     "BudgetExceeded",
     "Closed",
@@ -111,6 +114,7 @@ __all__ = [
     "end_contract",
     "find_contract_of",
     "get_contract",
+    "get_contracts",
     "get_offer",
     "get_quote",
     "get_rate_card",

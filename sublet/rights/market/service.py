@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from datetime import datetime, timedelta
 
 from sqlalchemy import Connection
@@ -18,7 +19,7 @@ from sublet.base.kernel.money import Money
 from sublet.base.kernel.price import DEVICE_HOUR_MS, PricePoint, Rated, Terms, Window, rate
 from sublet.base.store import Work
 from sublet.capacity import fleet
-from sublet.capacity.allocation import Claim, Party, Rank, Release, Urgency
+from sublet.capacity.allocation import Claim, Party, Rank, Release, Urgency, find_claim_of
 from sublet.records import ledger, metering, tenancy
 from sublet.rights.market import credit, prices, store
 from sublet.rights.market.model import (
@@ -290,7 +291,8 @@ def _agreed(work: Work, identity: tenancy.Identity, found: Quote, subject: str) 
 
 
 def _require_devices(tx: Connection, identity: tenancy.Identity, contract: Contract) -> None:
-    """Devices held are those of contracts with an open hold: a stopped instance has none."""
+    """Devices held are those of contracts with an open hold, or a claim whose start lies ahead of
+    the hold's end: a stopped instance has neither."""
     if identity.max_devices is None:
         return
     organisation_id = contract.organisation_id
@@ -299,7 +301,12 @@ def _require_devices(tx: Connection, identity: tenancy.Identity, contract: Contr
     tenancy.require_devices(
         identity,
         is_spot=contract.product is Product.SPOT,
-        held=sum(c.units for c in active if c.subject in on_hold),
+        held=sum(
+            c.units
+            for c in active
+            if c.subject != contract.subject
+            and (c.subject in on_hold or find_claim_of(tx, c.subject) is not None)
+        ),
         asked=contract.units,
     )
 
@@ -307,18 +314,28 @@ def _require_devices(tx: Connection, identity: tenancy.Identity, contract: Contr
 def rehold(work: Work, contract_id: str, identity: tenancy.Identity | None = None) -> None:
     """Take the hold again for a new run under the same contract: a requeue, or a start.
 
-    With an identity its limits are checked as well. A hold that is open already is left as it is.
-    Raises ContractOver, PriceAboveLimit, BudgetExceeded, InsufficientCredit, QuotaExceeded.
+    Without an identity its limits are those of the contract's key and organisation. A hold that is
+    open already is left as it is. Raises ContractOver, PriceAboveLimit, BudgetExceeded, InsufficientCredit, QuotaExceeded.
     """
     contract = get_contract(work.tx, contract_id)
     if contract.state is not ContractState.ACTIVE:
         raise ContractOver(contract_id=contract_id)
     if contract.is_first_party or ledger.find_hold(work.tx, contract.subject) is not None:
         return
-    if identity is not None:
-        _require_devices(work.tx, identity, contract)
+    _require_devices(work.tx, identity or _identity_of(work.tx, contract), contract)
     _check_limit(work, contract)
     _hold(work, contract)
+
+
+def _identity_of(tx: Connection, contract: Contract) -> tenancy.Identity:
+    """Who agreed to it, as they stand now."""
+    assert contract.key_id is not None, "a contract was agreed with a key"
+    key = tenancy.get_key(tx, contract.key_id)
+    return tenancy.Identity(
+        organisation=tenancy.get_organisation(tx, contract.organisation_id),
+        principal=tenancy.get_principal(tx, key.principal_id),
+        key=key,
+    )
 
 
 def _check_limit(work: Work, contract: Contract) -> None:
@@ -421,7 +438,8 @@ def cover(work: Work, contract_id: str, until: datetime) -> bool:
         return True
     meters = [m for m in metering.list_meters(work.tx, contract_id=contract_id) if m.is_open]
     start = min((m.metered_to for m in meters), default=work.now)
-    unposted = rate_so_far(work.tx, contract).amount - ledger.posted(work.tx, contract_id, "usage")
+    settled = ledger.posted(work.tx, contract_id, "usage") + ledger.lost(work.tx, contract_id)
+    unposted = rate_so_far(work.tx, contract).amount - settled
     seconds = max(-((start - until) // timedelta(seconds=1)), 0)
     ahead = hold_for(terms_of(work.tx, contract, None), contract.units, start, seconds)
     # One micro: the line that is open may have been rounded down so far.
@@ -504,6 +522,12 @@ def get_contract(tx: Connection, contract_id: str) -> Contract:
     if found is None:
         raise ContractNotFound(contract_id=contract_id)
     return found
+
+
+def get_contracts(tx: Connection, ids: Collection[str]) -> dict[str, Contract]:
+    """Those of these that there are, by id."""
+    found = store.list_contracts(tx, store.contracts.c.id.in_(sorted(set(ids))))
+    return {contract.id: contract for contract in found}
 
 
 def find_contract_of(tx: Connection, subject: str) -> Contract | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from datetime import timedelta
+from enum import StrEnum
 
 from sublet.base.kernel.errors import Forbidden, NoCapacity, PaymentRequired
 from sublet.base.store import Work
@@ -50,6 +51,47 @@ def rank_of(contract: market.Contract) -> int:
         return max(allocation.Rank) + 1
     claim = market.claim_of(contract, claim_id="", holder="", now=contract.started_at)
     return int(claim.rank)
+
+
+Kinship = tuple[object, ...]
+"""What those have in common that one refusal speaks for."""
+
+
+class Ground(StrEnum):
+    """On what ground a waiter was not served."""
+
+    ROOM = "room"
+    PRICE = "price"
+    MONEY = "money"
+    STANDING = "standing"
+
+
+def ground_of(refusal: NoCapacity | PaymentRequired | Forbidden) -> Ground:
+    if isinstance(refusal, tenancy.StandingForbids):
+        return Ground.STANDING
+    is_price = isinstance(refusal, NoCapacity) and refusal.details.get("reason") == "price"
+    if is_price or isinstance(refusal, market.PriceAboveLimit):
+        return Ground.PRICE
+    return Ground.ROOM if isinstance(refusal, NoCapacity) else Ground.MONEY
+
+
+def kinships(workload: Workload, contract: market.Contract) -> dict[Ground, Kinship]:
+    """Of a waiter, by ground: who shares the kinship of one that was refused is refused as well.
+
+    Credit, budgets and quotas differ by organisation, project and key, and by what is asked for:
+    who cannot pay for eight devices may pay for one.
+    """
+    shape = (workload.pool_id, workload.rank, contract.devices, contract.count, contract.whole_node)
+    release = (contract.notice_seconds, contract.firm_seconds, contract.stop_grace_seconds)
+    payer = (workload.organisation_id, contract.project_id, contract.key_id)
+    limit = (contract.factor_permille, contract.max_price_micros)
+    found: dict[Ground, Kinship] = {
+        Ground.ROOM: (*shape, *release, workload.spec.max_run_seconds),
+        Ground.PRICE: (workload.pool_id, *limit),
+        Ground.MONEY: (*payer, contract.offer_id, *shape, *release),
+        Ground.STANDING: (workload.organisation_id,),
+    }
+    return {ground: (ground, *kinship) for ground, kinship in found.items()}
 
 
 def begin(work: Work, workload: Workload, claim: Claim) -> Workload:

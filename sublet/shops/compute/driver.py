@@ -6,7 +6,7 @@ never assumed from its answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
@@ -45,6 +45,7 @@ from sublet.shops.compute.reconcile import (
     Seen,
     Stop,
     Terminating,
+    Unpublished,
     Withdraw,
     decide,
     would_requeue,
@@ -132,10 +133,20 @@ class Driver:
         for run_id, known in look.strays.items():
             changed = self._end_stray(run_id, known, look.observed[run_id]) or changed
         if advances:
+            self._advance(advances)
+        return changed
+
+    def _advance(self, advances: Sequence[tuple[str, Advance]]) -> None:
+        """All in one Work; if that fails, each in its own, so that one keeps none of the others."""
+        try:
             with self._books.work(ACTOR) as work:
                 for run_id, advance in advances:
                     life.advanced(work, run_id, advance.to, advance.cpu_ms)
-        return changed
+        except Exception:
+            log.exception("runs_not_advanced", run_ids=[run_id for run_id, _ in advances])
+            if len(advances) > 1:
+                for one in advances:
+                    self._advance([one])
 
     def next_due(self, now: datetime) -> datetime | None:
         """When to look again if nothing wakes us."""
@@ -241,7 +252,8 @@ class Driver:
     # ---- recording --------------------------------------------------------------------------
 
     def _record(self, run: Run, records: list[Record]) -> bool:
-        """The records of one decision, in one Work."""
+        """The records of one decision, in one Work. What fails is said, keeps no other run waiting,
+        and is tried again at the next step."""
         try:
             with self._books.work(ACTOR) as work:
                 for record in records:
@@ -249,6 +261,9 @@ class Driver:
         except Conflict as conflict:
             log.info("run_moved_on", run_id=run.id, why=conflict.message)
             return True
+        except Exception:
+            log.exception("run_not_recorded", run_id=run.id)
+            return False
         if any(isinstance(record, End | Abandon) for record in records):
             self._memory.pop(run.id, None)
         return True
@@ -261,6 +276,8 @@ class Driver:
                 life.opened(work, run_id, record.at)
             case Published():
                 life.published(work, run_id, at=work.now, term_at=record.term_at)
+            case Unpublished():
+                life.unpublished(work, run_id)
             case Terminating():
                 life.terminating(work, run_id, record)
             case End():
@@ -286,6 +303,8 @@ class Driver:
             log.warning(
                 "engine_call_failed", run_id=run.id, call=type(call).__name__, why=error.message
             )
+        except Exception:
+            log.exception("call_not_recorded", run_id=run.id, call=type(call).__name__)
         return False
 
     def _call(self, run: Run, workload: Workload, call: Call, memory: _Memory) -> bool:
@@ -295,9 +314,8 @@ class Driver:
             case Publish():
                 self._publish(run, workload, call)
             case Withdraw():
+                # Its SIGTERM may have come first: only the next look says that it is taken back.
                 self._engine.withdraw(run.id)
-                with self._books.work(ACTOR) as work:
-                    life.unpublished(work, run.id)
             case Stop():
                 reason = "stray" if call.reason is None else str(call.reason)
                 self._engine.stop(run.id, grace_seconds=call.grace_seconds, reason=reason)

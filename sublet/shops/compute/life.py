@@ -35,6 +35,8 @@ from sublet.shops.compute.states import TERMINAL, State, Step, next_state
 
 log = structlog.get_logger()
 
+STANDING = frozenset({RunState.INTENDED, RunState.STARTING, RunState.RUNNING})
+"""A run that is on its devices and not on its way out."""
 RUNWAY = timedelta(hours=1)
 """How far ahead the owner's own runs may go without hearing from us; sold runs go as far as they
 are paid."""
@@ -233,6 +235,18 @@ def give_notice(
     )
 
 
+def drain(work: Work, run_id: str) -> None:
+    """Notice for maintenance to a run on a node that is drained; sold without a notice: none, the
+    node is drained when it ends. Raises NoticeRecentlyWithdrawn."""
+    run = store.find_run(work.tx, run_id)
+    if run is None or run.state not in STANDING or run.stop_reason is not None:
+        return
+    try:
+        give_notice(work, store.get_workload(work.tx, run.workload_id), Reason.MAINTENANCE)
+    except allocation.NotNoticeable:
+        return
+
+
 def noticed(work: Work, event: allocation.ClaimNoticed) -> None:
     """A claim's end is fixed. Before the meter opens it ends at once, unbilled; after it, at
     SIGTERM."""
@@ -245,11 +259,15 @@ def noticed(work: Work, event: allocation.ClaimNoticed) -> None:
         return
     if run.state in (RunState.INTENDED, RunState.STARTING):
         _end_before_opening(work, run, reason)
-    elif run.state is RunState.RUNNING and run.t0 is None:
+    elif run.state is RunState.RUNNING and run.term_at is None:
+        workload = store.get_workload(work.tx, run.workload_id)
         # What is promised is paid for first: the hold reaches past the grace, and so the runway.
         grace_over = event.term_at + timedelta(seconds=run.stop_grace_seconds)
-        if run.contract_id is not None and not market.cover(work, run.contract_id, event.free_by):
+        if not market.cover(work, run.contract_id, event.free_by):
+            # The credit ends before the notice would: it goes while its hold still covers it.
             log.warning("notice_not_covered", run_id=run.id, free_by=str(event.free_by))
+            end_now(work, workload, Reason.CREDIT_EXHAUSTED)
+            return
         store.update_run(
             work,
             run,
@@ -259,7 +277,6 @@ def noticed(work: Work, event: allocation.ClaimNoticed) -> None:
             published_at=None,
             runway_until=max(run.runway_until, grace_over),
         )
-        workload = store.get_workload(work.tx, run.workload_id)
         move(work, workload, Step.NOTICED, reason=reason)
 
 
@@ -271,19 +288,22 @@ def published(work: Work, run_id: str, *, at: datetime, term_at: datetime) -> No
 
 
 def withdrawn(work: Work, event: allocation.NoticeWithdrawn) -> None:
+    """A notice is called off. It counts until it is seen to be taken back (`unpublished`): if its
+    SIGTERM comes first, it was given."""
     run = store.find_run_of_claim(work.tx, event.claim_id)
-    if run is None or run.state is not RunState.RUNNING or run.t0 is None:
+    if run is None or run.state is not RunState.RUNNING or run.term_at is None:
         return
-    store.update_run(work, run, t0=None, term_at=None, notice_reason=None)
+    store.update_run(work, run, term_at=None)
     workload = store.get_workload(work.tx, run.workload_id)
     if workload.state is State.INTERRUPTING:
         move(work, workload, Step.WITHDRAWN)
 
 
 def unpublished(work: Work, run_id: str) -> None:
+    """The notice is off the engine: there was none."""
     run = _run(work, run_id, RunState.RUNNING)
-    if run is not None and run.t0 is None:
-        store.update_run(work, run, published_at=None)
+    if run is not None and run.term_at is None:
+        store.update_run(work, run, t0=None, notice_reason=None, published_at=None)
 
 
 # ---- the end ----------------------------------------------------------------------------------
@@ -441,16 +461,18 @@ def _close(work: Work, run: Run, at: datetime | None, reason: Reason, cpu_ms: in
         return
     closed_at = meter.last_evidence_at if at is None else at
     meter = metering.close_meter(work, run.id, at=closed_at, reason=reason, cpu_ms=cpu_ms)
+    # A notice that was called off counts only if it ended the run all the same.
+    is_void = run.is_called_off and reason is not run.notice_reason
     assert meter.closed_at is not None
     market.settle(
         work,
         run.contract_id,
         closed=market.Closed(
-            t0=run.t0,
+            t0=None if is_void else run.t0,
             opened_at=meter.opened_at,
             closed_at=meter.closed_at,
             reason=reason,
-            notice_reason=run.notice_reason,
+            notice_reason=None if is_void else run.notice_reason,
         ),
     )
     _switch(work, run.device_ids, Use.OVERHEAD, meter.closed_at, run.id)

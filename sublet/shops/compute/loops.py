@@ -7,6 +7,7 @@ tenant's start, needs no second tick.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 
 import structlog
@@ -15,8 +16,10 @@ from sublet.base.kernel.errors import Conflict, Forbidden, NoCapacity, PaymentRe
 from sublet.base.store import Envelope, Store, Work, advance, pending
 from sublet.capacity import allocation, fleet
 from sublet.capacity.engines.port import Engine
+from sublet.capacity.fleet import NodeState
 from sublet.rights import market
 from sublet.shops.compute import admission, life, store
+from sublet.shops.compute.admission import Ground, Kinship
 from sublet.shops.compute.driver import ACTOR, LOOK, Driver
 from sublet.shops.compute.model import Reason, ShutdownBegun, Workload
 from sublet.shops.compute.orders import home_of
@@ -35,11 +38,16 @@ EVENTS = (
     fleet.DeviceUp,
     ShutdownBegun,
 )
+MAX_REFUSALS = 3
+"""How often an event is tried that is refused: what changed under it has settled by then."""
+MAX_FAILURES = 10
 MAX_PASSES = 8
 IDLE = timedelta(seconds=30)
 RETRY_WAITERS = timedelta(seconds=5)
-MAX_WAITERS = 200
+WAITERS_A_PAGE = 200
+MAX_PAGES = 50
 PRICES_EVERY = timedelta(seconds=60)
+DRAINS_EVERY = timedelta(seconds=10)
 LOGS_KEPT = timedelta(days=7)
 FORGET_EVERY = timedelta(minutes=10)
 MAX_FORGOTTEN = 500
@@ -63,6 +71,8 @@ class ComputeLoop:
         self._is_anyone_unplaced = False
         self._prices_due: datetime | None = None
         self._forget_due: datetime | None = None
+        self._drains_due: datetime | None = None
+        self._failures: dict[int, int] = {}
 
     def step(self, now: datetime) -> datetime:
         """Bring books and engine together; returns when to look again if nothing wakes us."""
@@ -76,6 +86,7 @@ class ComputeLoop:
                 break
         now = self._books.clock.now()
         self._price_victims(now)
+        self._drain(now)
         self._forget(now)
         return self._next_due(now)
 
@@ -95,12 +106,30 @@ class ComputeLoop:
     def _events(self) -> bool:
         with self._books.read() as tx:
             found = pending(tx, CONSUMER, EVENTS)
-        if not found:
-            return False
-        with self._books.work(ACTOR) as work:
-            for envelope in found:
+        for envelope in found:
+            if not self._deal_with(envelope):
+                return False
+        return bool(found)
+
+    def _deal_with(self, envelope: Envelope) -> bool:
+        """Handle one in a Work of its own, and pass it. False: it failed, and is tried again.
+
+        One that fails again and again is passed over: it must not keep all others waiting.
+        """
+        try:
+            with self._books.work(ACTOR) as work:
                 self._handle(work, envelope)
-            advance(work, CONSUMER, found[-1].seq)
+                advance(work, CONSUMER, envelope.seq)
+        except Exception as error:
+            self._failures[envelope.seq] = self._failures.get(envelope.seq, 0) + 1
+            log.exception("event_not_handled", seq=envelope.seq, kind=envelope.kind)
+            most = MAX_REFUSALS if isinstance(error, SubletError) else MAX_FAILURES
+            if self._failures[envelope.seq] < most:
+                return False
+            log.error("event_passed_over", seq=envelope.seq, kind=envelope.kind)
+            with self._books.work(ACTOR) as work:
+                advance(work, CONSUMER, envelope.seq)
+        self._failures.pop(envelope.seq, None)
         return True
 
     def _handle(self, work: Work, envelope: Envelope) -> None:
@@ -154,21 +183,27 @@ class ComputeLoop:
             self._waiters_due = None
         if self._waiters_due is not None and now < self._waiters_due:
             return False
-        with self._books.read() as tx:
-            waiting = store.list_waiting(tx, MAX_WAITERS)
-        self._is_anyone_waiting = bool(waiting)
         self._waiters_due = now + RETRY_WAITERS
-        refused: set[tuple[str, int, int]] = set()
-        served = False
-        for workload in waiting:
-            like = (workload.pool_id, workload.rank, workload.devices)
-            # One that is alike was just refused: nobody younger of that kind passes either.
-            if like not in refused:
-                served = self._serve(workload, refused, like) or served
+        self._is_anyone_waiting = served = False
+        refused: set[Kinship] = set()
+        last: Workload | None = None
+        for _ in range(MAX_PAGES):
+            with self._books.read() as tx:
+                waiting = store.list_waiting(tx, WAITERS_A_PAGE, after=last)
+                contracts = market.get_contracts(tx, [w.contract_id for w in waiting])
+            for workload in waiting:
+                kinships = admission.kinships(workload, contracts[workload.contract_id])
+                # One that is alike was just refused: nobody younger of that kind passes either.
+                if refused.isdisjoint(kinships.values()):
+                    served = self._serve(workload, refused, kinships) or served
+            self._is_anyone_waiting = self._is_anyone_waiting or bool(waiting)
+            if len(waiting) < WAITERS_A_PAGE:
+                break
+            last = waiting[-1]
         return served
 
     def _serve(
-        self, workload: Workload, refused: set[tuple[str, int, int]], like: tuple[str, int, int]
+        self, workload: Workload, refused: set[Kinship], kinships: Mapping[Ground, Kinship]
     ) -> bool:
         try:
             with self._books.work(ACTOR) as work:
@@ -176,11 +211,11 @@ class ComputeLoop:
                 if current.state is not State.AWAITING_CAPACITY:
                     return False
                 admission.serve(work, current)
-        except NoCapacity as refusal:
-            if refusal.details.get("reason") != "price":
-                refused.add(like)
+        except (NoCapacity, PaymentRequired, Forbidden) as refusal:
+            refused.add(kinships[admission.ground_of(refusal)])
+            log.info("waiter_not_served", workload_id=workload.id, code=refusal.code)
             return False
-        except (PaymentRequired, Forbidden, Conflict) as refusal:
+        except Conflict as refusal:
             log.info("waiter_not_served", workload_id=workload.id, code=refusal.code)
             return False
         return True
@@ -205,6 +240,23 @@ class ComputeLoop:
                 life.give_notice(work, workload, Reason.PRICE, at_earliest=victim.term_at)
         except Conflict as conflict:
             log.info("price_notice_not_given", code=conflict.code, why=conflict.message)
+
+    def _drain(self, now: datetime) -> None:
+        """Notice to what runs on a draining node without one: it could not be given before."""
+        if self._drains_due is not None and now < self._drains_due:
+            return
+        self._drains_due = now + DRAINS_EVERY
+        with self._books.read() as tx:
+            draining = [n.id for n in fleet.list_nodes(tx) if n.state is NodeState.DRAINING]
+            runs = [run for node_id in draining for run in store.list_live_runs_on(tx, node_id)]
+            claims = {run.id: allocation.get_claim(tx, run.claim_id) for run in runs}
+        for run in runs:
+            if claims[run.id].noticed_at is None and claims[run.id].release.notice_seconds:
+                try:
+                    with self._books.work(ACTOR) as work:
+                        life.drain(work, run.id)
+                except Conflict as conflict:
+                    log.info("drain_not_noticed", run_id=run.id, code=conflict.code)
 
     def _forget(self, now: datetime) -> None:
         """Logs, and the files of a job that is over, are kept a week; an instance's files go when

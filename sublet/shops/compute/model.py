@@ -163,10 +163,10 @@ class Run:
     """What was sold; 0: none."""
     started_at: datetime | None
     t0: datetime | None
-    """When its notice was given; None again if it was withdrawn."""
+    """When its notice was given; None again once the engine has taken a withdrawn one back."""
     notice_reason: Reason | None
     term_at: datetime | None
-    """SIGTERM: as the notice fixed it, then as it was sent."""
+    """SIGTERM: as the notice fixed it (none if it is called off), then as it was sent."""
     published_at: datetime | None
     """When the workload could first see the notice."""
     stop_reason: Reason | None
@@ -185,6 +185,11 @@ class Run:
     @property
     def is_over(self) -> bool:
         return self.state in OVER
+
+    @property
+    def is_called_off(self) -> bool:
+        """Its notice is withdrawn, and the engine has not taken it back yet."""
+        return self.state is RunState.RUNNING and self.t0 is not None and self.term_at is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

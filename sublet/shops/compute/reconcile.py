@@ -86,6 +86,11 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True)
+class Unpublished:
+    """A notice that was called off is off the engine as well."""
+
+
+@dataclass(frozen=True, slots=True)
 class Open:
     """Handed over at that instant: the meter opens."""
 
@@ -131,7 +136,7 @@ class Abandon:
 
 
 Call = Begin | Publish | Withdraw | Stop | Extend | Scrub
-Record = Adopt | Published | Open | Terminating | End | Abandon
+Record = Adopt | Published | Unpublished | Open | Terminating | End | Abandon
 Action = Call | Record | Advance
 
 
@@ -218,13 +223,15 @@ def _running(run: Run, seen: Seen, observation: Observation, now: datetime) -> t
 
 
 def _notice(run: Run, observation: Observation, now: datetime) -> tuple[Action, ...]:
-    if run.t0 is None:
-        return (Withdraw(),) if run.published_at is not None else ()
+    if run.term_at is None:
+        if observation.deadline_at is not None:
+            return (Withdraw(),)
+        return (Unpublished(),) if run.is_called_off or run.published_at is not None else ()
     if run.published_at is not None:
         return ()
-    if observation.deadline_at is not None:
+    # One that is earlier was called off before this notice: the engine moves it.
+    if observation.deadline_at is not None and observation.deadline_at >= run.term_at:
         return (Published(observation.deadline_at),)
-    assert run.term_at is not None, "a notice names its SIGTERM"
     # The clock of a notice starts when the workload can see it, however late that is.
     return (Publish(max(run.term_at, now + timedelta(seconds=run.notice_seconds))),)
 

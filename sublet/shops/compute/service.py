@@ -255,7 +255,7 @@ def cordon(
     break_notice: bool = False,
 ) -> fleet.Node:
     """Take a node out of sale: `cordon` lets its workloads run, `drain` gives each its notice,
-    `immediate` ends them now.
+    `immediate` ends them now. Whose notice was withdrawn a moment ago gets its own from the loop.
 
     Immediate is refused (NoticeProtected) while a workload there is protected by its notice, unless
     `break_notice`: then each is audited, and its penalty is posted in this Work.
@@ -263,7 +263,7 @@ def cordon(
     tenancy.require(identity, Action.ADMINISTER_FLEET)
     if mode not in ("cordon", "drain", "immediate"):
         raise Invalid("mode is cordon, drain or immediate.", param="mode")
-    runs = [run for run in store.list_live_runs_on(work.tx, node_id) if run.state in _STANDING]
+    runs = [run for run in store.list_live_runs_on(work.tx, node_id) if run.state in life.STANDING]
     if mode == "immediate":
         _check_broken(work, runs, break_notice=break_notice)
     node = fleet.get_node(work.tx, node_id)
@@ -295,9 +295,6 @@ def uncordon(work: Work, identity: Identity, node_id: str) -> fleet.Node:
     return node
 
 
-_STANDING = frozenset({RunState.INTENDED, RunState.STARTING, RunState.RUNNING})
-
-
 def _check_broken(work: Work, runs: Sequence[Run], *, break_notice: bool) -> None:
     protected = [run for run in runs if run.state is RunState.RUNNING and _is_sale(work, run)]
     if not protected or break_notice:
@@ -314,11 +311,10 @@ def _check_broken(work: Work, runs: Sequence[Run], *, break_notice: bool) -> Non
 
 
 def _drain(work: Work, run: Run) -> None:
-    workload = store.get_workload(work.tx, run.workload_id)
     try:
-        life.give_notice(work, workload, Reason.MAINTENANCE)
-    except allocation.NotNoticeable:
-        return  # It was sold without a notice: the node is drained when it ends.
+        life.drain(work, run.id)
+    except allocation.NoticeRecentlyWithdrawn:
+        return  # The loop gives it as soon as it may be given.
 
 
 def _break(work: Work, run: Run) -> None:

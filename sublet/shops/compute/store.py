@@ -129,6 +129,24 @@ _UPDATE_WORKLOAD = workloads.update().where(
     workloads.c.id == sa.bindparam("workload"), workloads.c.version == sa.bindparam("read")
 )
 _WORKLOAD = sa.select(workloads).where(workloads.c.id == sa.bindparam("workload"))
+_WORKLOADS = sa.select(workloads).where(workloads.c.id.in_(sa.bindparam("ids", expanding=True)))
+_WAITING = (
+    sa.select(workloads)
+    .where(workloads.c.state == State.AWAITING_CAPACITY)
+    .order_by(workloads.c.rank.desc(), workloads.c.waiting_since, workloads.c.seq)
+    .limit(sa.bindparam("most"))
+)
+_UNPLACED = (
+    sa.select(workloads)
+    .where(
+        workloads.c.state == State.PROVISIONING,
+        workloads.c.claim_id.is_not(None),
+        ~sa.select(runs.c.id)
+        .where(runs.c.workload_id == workloads.c.id, runs.c.claim_id == workloads.c.claim_id)
+        .exists(),
+    )
+    .order_by(workloads.c.rank.desc(), workloads.c.seq)
+)
 
 
 def update_workload(work: Work, before: Workload, **changes: Any) -> Workload:
@@ -162,7 +180,7 @@ def find_workload_of(tx: Connection, contract_id: str) -> Workload | None:
 def get_workloads(tx: Connection, ids: Collection[str]) -> dict[str, Workload]:
     found: dict[str, Workload] = {}
     for part in _parts(ids):
-        rows = tx.execute(sa.select(workloads).where(workloads.c.id.in_(part)))
+        rows = tx.execute(_WORKLOADS, {"ids": part})
         found |= {row.id: _workload(row) for row in rows}
     return found
 
@@ -202,34 +220,23 @@ def list_unending(tx: Connection) -> list[Workload]:
     return [_workload(row) for row in rows]
 
 
-def list_waiting(tx: Connection, limit: int) -> list[Workload]:
-    """Who waits, in the order of service: rank, then age."""
-    rows = tx.execute(
-        sa.select(workloads)
-        .where(workloads.c.state == State.AWAITING_CAPACITY)
-        .order_by(workloads.c.rank.desc(), workloads.c.waiting_since, workloads.c.seq)
-        .limit(limit)
+def list_waiting(tx: Connection, limit: int, *, after: Workload | None = None) -> list[Workload]:
+    """Who waits, in the order of service: rank, then age; past `after`."""
+    if after is None:
+        return [_workload(row) for row in tx.execute(_WAITING, {"most": limit})]
+    rank, since, seq = workloads.c.rank, workloads.c.waiting_since, workloads.c.seq
+    is_alike = rank == after.rank
+    query = _WAITING.where(
+        (rank < after.rank)
+        | (is_alike & (since > after.waiting_since))
+        | (is_alike & (since == after.waiting_since) & (seq > after.seq))
     )
-    return [_workload(row) for row in rows]
+    return [_workload(row) for row in tx.execute(query, {"most": limit})]
 
 
 def list_unplaced(tx: Connection) -> list[Workload]:
     """Admitted, and no run intended yet: their devices are still being freed."""
-    has_run = (
-        sa.select(runs.c.id)
-        .where(runs.c.workload_id == workloads.c.id, runs.c.claim_id == workloads.c.claim_id)
-        .exists()
-    )
-    rows = tx.execute(
-        sa.select(workloads)
-        .where(
-            workloads.c.state == State.PROVISIONING,
-            workloads.c.claim_id.is_not(None),
-            ~has_run,
-        )
-        .order_by(workloads.c.rank.desc(), workloads.c.seq)
-    )
-    return [_workload(row) for row in rows]
+    return [_workload(row) for row in tx.execute(_UNPLACED)]
 
 
 def count_live(tx: Connection) -> int:
