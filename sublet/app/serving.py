@@ -15,6 +15,7 @@ from sublet.base.store.installation import last_seen
 from sublet.capacity.engines.port import Attachable, Notice
 from sublet.edge.api import Deps, create_api
 from sublet.edge.bastion import Bastion, Target
+from sublet.records import tenancy
 from sublet.shops import compute
 from sublet.shops.compute.reconcile import would_requeue
 from sublet.shops.compute.store import find_run, get_workload
@@ -68,17 +69,21 @@ class Door:
     def lookup(self, login: str) -> Target | str | None:
         """The live run behind a login, or in words why there is none.
 
-        Who knocks while the workload is being started waits at the door, for a while.
+        Who knocks while the workload is being started waits at the door, for a while. What an
+        organisation may not attach to stays shut, though it runs; the bastion looks again every
+        second, and so hangs up who is inside.
         """
-        place = self._find(login)
+        found = self._find(login)
         for _ in range(WAIT_LOOKS):
-            if place is None or place.workload.state is not compute.State.PROVISIONING:
+            if not isinstance(found, compute.Location):
+                return found
+            if found.workload.state is not compute.State.PROVISIONING:
                 break
             self._pause.wait(WAIT_LOOK_SECONDS)
-            place = self._find(login)
-        if place is None:
-            return None
-        workload = place.workload
+            found = self._find(login)
+        if not isinstance(found, compute.Location):
+            return found
+        place, workload = found, found.workload
         if place.run_id is not None and place.is_running:
             return Target(run_id=place.run_id, keys=workload.spec.ssh_keys)
         because = f" ({workload.reason})" if workload.reason else ""
@@ -89,12 +94,19 @@ class Door:
         }.get(workload.state, "it is over: rent a new one")
         return f"{login} is {workload.state}{because}: {way}."
 
-    def _find(self, login: str) -> compute.Location | None:
+    def _find(self, login: str) -> compute.Location | str | None:
         with self._app.store.read() as tx:
             try:
-                return compute.location(tx, login)
+                place = compute.location(tx, login)
             except SubletError:
                 return None
+            owner = tenancy.get_organisation(tx, place.workload.organisation_id)
+        if not tenancy.may_under(owner.standing, tenancy.Action.ATTACH):
+            return (
+                f"{login}: its organisation is {owner.standing} and may not log in; what runs "
+                "goes on. Read its logs, stop it, or settle with the owner of this cloud."
+            )
+        return place
 
     def notice_of(self, run_id: str) -> Notice | None:
         with self._app.store.read() as tx:

@@ -31,6 +31,7 @@ from sublet.base.kernel.errors import SubletError, Unavailable
 Say = Callable[[str], None]
 
 READY_SECONDS = 60.0
+READY_LOOK_SECONDS = 0.25
 RESTARTS_ALLOWED = 5
 RESTARTS_WITHIN_SECONDS = 600.0
 """More restarts of one process than that, in so long, and the cloud is closed by hand."""
@@ -219,12 +220,19 @@ def _spawn(cloud: Cloud, role: str, listening: str | None, number: int) -> int:
 
 
 def _await_ready(role: str, ready: int, cloud: Cloud) -> None:
+    """Wait for the child's word. Its end ends the wait, and so does a signal to us; but the loops
+    are waited for all the same, since they alone can end what runs."""
+    answered = False
+    may_leave = role != "loops"
     with selectors.DefaultSelector() as selector:
         selector.register(ready, selectors.EVENT_READ)
-        answered = selector.select(READY_SECONDS)
+        for _ in range(int(READY_SECONDS / READY_LOOK_SECONDS)):
+            answered = bool(selector.select(READY_LOOK_SECONDS))
+            if answered or (may_leave and cloud.signals):
+                break
     said = os.read(ready, 1) if answered else b""
     os.close(ready)
-    if not said:
+    if not said and not (may_leave and cloud.signals):
         raise Unavailable(
             f"The {role} process did not start: the last lines of {cloud.folder.log} say why."
         )

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from sublet.audit.registry import Look, invariant
 from sublet.base.kernel.interval import EPOCH, millis
+from sublet.base.kernel.price import DEVICE_HOUR_MS
 from sublet.base.store.installation import find_fact
 from sublet.money.billing.invoice import billing_month
 from sublet.money.billing.invoices import CLOSED_TO, charge_of
@@ -24,7 +25,8 @@ LATELY = timedelta(hours=1)
 
 
 @invariant(
-    "What was posted or lost for a contract without an open meter is for exactly what was metered."
+    "What was posted or lost for a contract without an open meter is for what was metered, but for "
+    "what rounds to nothing."
 )
 def posted_quantity_is_metered(look: Look) -> Iterator[str]:
     opened = set(
@@ -40,10 +42,16 @@ def posted_quantity_is_metered(look: Look) -> Iterator[str]:
         sa.select(postings).where(postings.c.kind.in_([market.USAGE, market.LOSS]))
     ):
         posted[row.contract_id] += row.quantity
+    prices = {
+        row.id: row.price_micros
+        for row in look.tx.execute(sa.select(contracts.c.id, contracts.c.price_micros))
+    }
     for contract_id in metered.keys() | posted.keys():
         if contract_id in opened or contract_id is None:
             continue
-        if metered[contract_id] != posted[contract_id]:
+        left = metered[contract_id] - posted[contract_id]
+        # Less than a micro more is no transfer. Two, since spot's price is another every hour.
+        if left < 0 or left * prices[contract_id] > 2 * DEVICE_HOUR_MS:
             yield (
                 f"{contract_id}: metered {metered[contract_id]} device-ms, "
                 f"posted or lost for {posted[contract_id]}"

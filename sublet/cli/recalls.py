@@ -173,7 +173,7 @@ def _show(found: rest.Recall) -> None:
         earliest = (
             f"earliest {values.when(found.shortfall_earliest_at)}"
             if found.shortfall_earliest_at
-            else "no date: firm rights without an end stand in the way"
+            else "no date: when they come free is not known"
         )
         bought = f", or bought back for {found.buy_back.text}" if found.buy_back else ""
         show(f"shortfall  {found.shortfall_devices} devices: {earliest}{bought}")

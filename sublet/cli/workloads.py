@@ -104,6 +104,7 @@ def show_one(word: Named, as_json: Json = False) -> None:
             ("notice", _interruption(found.interruption) if found.interruption else ""),
             ("devices", f"{found.devices}, {found.product.replace('_', '-')}"),
             ("runs on", ", ".join(run.device_ids) if run else ""),
+            ("starts", values.when(found.starts_at) if found.starts_at else ""),
             ("since", values.when(run.started_at) if run and run.started_at else ""),
             ("price", _price(found)),
             ("now", values.an_hour(found.burn_micros_per_hour)),

@@ -25,6 +25,21 @@ class Organisations:
         path = f"/v1/organisations/{organisation_id}/standing"
         return self._transport.change("PUT", path, rest.Organisation, body, version)
 
+    def stop_workloads(
+        self,
+        organisation_id: str,
+        body: rest.StopWorkloads,
+        *,
+        idempotency_key: str | None = None,
+    ) -> rest.StoppedWorkloads:
+        """End at once all that runs for it; for the owner. Suspend it first, or it starts anew."""
+        return self._transport.post(
+            f"/v1/organisations/{organisation_id}/stop-workloads",
+            rest.StoppedWorkloads,
+            body,
+            idempotency_key=idempotency_key,
+        )
+
 
 class Projects:
     def __init__(self, transport: Transport) -> None:

@@ -86,10 +86,10 @@ def test_a_connection_does_not_live_on_in_the_next_run(door: Door) -> None:
     assert b"this run of it has ended" in err
 
 
-def _wait_for_login(door: Door) -> None:
+def _wait_for_login(door: Door, *, many: int = 1) -> None:
     pause = threading.Event()
     for _ in range(500):
-        if any(login.run_id for login in door.bastion._logins):
+        if sum(bool(login.run_id) for login in list(door.bastion._logins)) >= many:
             return
         pause.wait(0.01)
     raise AssertionError("no login")
@@ -121,25 +121,64 @@ def test_who_does_not_log_in_in_time_is_put_out(make_door: Callable[..., Door]) 
             rest = silent.recv(4096)
 
 
-def test_connections_before_login_have_a_bound(make_door: Callable[..., Door]) -> None:
-    door = make_door(unauthenticated=2)
-    held = [socket.create_connection((HOST, door.port), timeout=10) for _ in range(2)]
-    for connection in held:
-        assert connection.recv(100)
-    with socket.create_connection((HOST, door.port), timeout=10) as third:
-        try:
-            while third.recv(4096):
-                continue
-        except ConnectionResetError:
-            pass
-    for connection in held:
-        connection.close()
-    pause = threading.Event()
-    for _ in range(100):
-        if door.ssh(HOST, "true").returncode == 0:
-            return
-        pause.wait(0.02)
-    raise AssertionError("the door stayed closed")
+def silent(port: int, *, address: str = HOST) -> socket.socket:
+    """A connection that says nothing; the bastion has taken it in."""
+    made = socket.create_connection((HOST, port), timeout=10, source_address=(address, 0))
+    assert made.recv(100).startswith(b"SSH-2.0-Sublet")
+    return made
+
+
+def is_dropped(connection: socket.socket) -> bool:
+    """Was it hung up on? Else it is still served: nothing comes."""
+    connection.settimeout(0.3)
+    try:
+        while connection.recv(4096):
+            continue
+    except ConnectionResetError:
+        return True
+    except TimeoutError:
+        return False
+    return True
+
+
+def test_silent_connections_do_not_keep_people_out(make_door: Callable[..., Door]) -> None:
+    door = make_door(unauthenticated=3, unauthenticated_per_address=8)
+    held = [silent(door.port, address=f"127.0.0.{n}") for n in (2, 3, 4)]
+    assert door.ssh(HOST, "true").returncode == 0
+    assert [is_dropped(one) for one in held] == [True, False, False], "the oldest makes room"
+    for one in held:
+        one.close()
+
+
+def test_one_address_makes_room_among_its_own(make_door: Callable[..., Door]) -> None:
+    door = make_door(unauthenticated=8, unauthenticated_per_address=2)
+    other = silent(door.port, address="127.0.0.2")
+    held = [silent(door.port) for _ in range(3)]
+    assert [is_dropped(one) for one in (other, *held)] == [False, True, False, False]
+    assert len(door.bastion._logins) == 3
+    assert door.ssh(HOST, "true").returncode == 0, "those who only wait there do not lock it out"
+    assert not is_dropped(other)
+    for one in (other, *held):
+        one.close()
+
+
+def test_who_has_logged_in_is_never_dropped_for_a_newcomer(make_door: Callable[..., Door]) -> None:
+    door = make_door(connections=2)
+    client = subprocess.Popen(door.ssh_argv("-N", HOST), stderr=subprocess.DEVNULL)
+    _wait_for_login(door)
+    first, second = silent(door.port), silent(door.port)
+    assert [is_dropped(first), is_dropped(second)] == [True, False]
+    argv = door.ssh_argv("-N", HOST)
+    another = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
+    _wait_for_login(door, many=2)
+    assert is_dropped(second)
+    assert door.ssh(HOST, "true").returncode == 255, "full of people who have logged in"
+    assert client.poll() is None
+    for process in (client, another):
+        process.kill()
+        process.wait()
+    for one in (first, second):
+        one.close()
 
 
 def test_sessions_of_one_workload_have_a_bound(make_door: Callable[..., Door]) -> None:

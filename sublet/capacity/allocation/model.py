@@ -48,6 +48,9 @@ class RefusalReason(StrEnum):
     """The owner has not decided to sell this much for so long."""
     NODES = "nodes"
     """Enough devices are free, but not together on one node, or not as whole nodes."""
+    OUT_OF_SERVICE = "out_of_service"
+    """The pool has this much, but too much of it is out of service now: a node taken out of
+    production, a device that is down."""
     TOO_LARGE = "too_large"
     """The pool never has this much."""
 

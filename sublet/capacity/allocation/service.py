@@ -33,6 +33,7 @@ from sublet.capacity.allocation.model import (
     ParentInUse,
     Party,
     Rank,
+    RefusalReason,
     Refused,
     earliest_term_at,
 )
@@ -71,7 +72,7 @@ def admit(work: Work, claim: Claim) -> Admitted | Refused:
     book = _open(work, claim.pool_id)
     decision = admission.admit(book, claim, now=work.now)
     if isinstance(decision, Refused):
-        return decision
+        return _looked_at(work.tx, claim, decision)
     displaced = [
         roll.pinned(_held(book, pin.claim_id), pin, displaced_by=claim.id)
         for pin in decision.displaced
@@ -83,6 +84,16 @@ def admit(work: Work, claim: Claim) -> Admitted | Refused:
     if kept.starts_at <= work.now and not kept.whole_node:
         _bind(work, kept)
     return replace(decision, claim=kept)
+
+
+def _looked_at(tx: Connection, claim: Claim, refused: Refused) -> Refused:
+    """The book counts what can be sold now: what only that makes too large is out of service."""
+    if refused.reason is not RefusalReason.TOO_LARGE:
+        return refused
+    roster = fleet.get_roster(tx, claim.pool_id)
+    if claim.devices > roster.largest_node or claim.size > len(roster.devices):
+        return refused
+    return replace(refused, reason=RefusalReason.OUT_OF_SERVICE, offer_to_wait=True)
 
 
 def file_first_party(work: Work, claim: Claim) -> Claim:

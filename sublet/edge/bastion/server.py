@@ -57,6 +57,7 @@ class Limits:
     names_tried: int = 3
     connections: int = 512
     unauthenticated: int = 64
+    unauthenticated_per_address: int = 8
     channels_per_workload: int = 64
     window_bytes: int = 1 << 20
     outgoing_bytes: int = 1 << 20
@@ -102,7 +103,8 @@ class Bastion:
         self._listening = listening
         self._notice = notice
         self._clock = clock or SystemClock.unanchored()
-        self._logins: set[Login] = set()
+        self._logins: dict[Login, None] = {}
+        """In the order in which they came."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._working = 0
         self._idle = asyncio.Event()
@@ -204,15 +206,32 @@ class Bastion:
                 self._idle.set()
 
     def enrol(self, login: Login) -> bool:
-        """Take a new connection in, unless there are too many."""
-        waiting = sum(not known.run_id for known in self._logins)
-        if len(self._logins) >= self.limits.connections or waiting >= self.limits.unauthenticated:
-            return False
-        self._logins.add(login)
+        """Take a new connection in. False where the door is full of people who have logged in.
+
+        Where too many have not logged in yet, the oldest of them makes room: were the newcomer
+        refused instead, a few silent connections would shut the door on everybody.
+        """
+        limits = self.limits
+        waiting = [known for known in self._logins if not known.run_id]
+        nearby = [known for known in waiting if known.address == login.address]
+        if len(nearby) >= limits.unauthenticated_per_address:
+            self._drop(nearby[0])
+        elif len(waiting) >= limits.unauthenticated:
+            self._drop(waiting[0])
+        elif len(self._logins) >= limits.connections:
+            if not waiting:
+                return False
+            self._drop(waiting[0])
+        self._logins[login] = None
         return True
 
+    def _drop(self, login: Login) -> None:
+        log.warning("ssh_login_dropped", address=login.address)
+        self.dismiss(login)
+        asyncio.get_running_loop().call_soon(login.abort)
+
     def dismiss(self, login: Login) -> None:
-        self._logins.discard(login)
+        self._logins.pop(login, None)
 
     def has_room(self, name: str) -> bool:
         """May this workload have one more channel?"""
@@ -277,6 +296,7 @@ class Login(asyncssh.SSHServer):
     def __init__(self, bastion: Bastion) -> None:
         self.bastion = bastion
         self.name = ""
+        self.address = ""
         self.run_id = ""
         """Set once the key was accepted."""
         self.channels: set[TenantSession | Forward] = set()
@@ -289,6 +309,7 @@ class Login(asyncssh.SSHServer):
 
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
         self._conn = conn
+        self.address = conn.get_extra_info("peername", ("",))[0]
         if not self.bastion.enrol(self):
             log.warning("ssh_too_many_connections")
             asyncio.get_running_loop().call_soon(conn.abort)
@@ -340,8 +361,7 @@ class Login(asyncssh.SSHServer):
     def auth_completed(self) -> None:
         assert self._target is not None, "no login without an accepted key"
         self.run_id = self._target.run_id
-        address = self._conn.get_extra_info("peername")
-        log.info("ssh_login", login=self.name, run_id=self.run_id, address=address[0])
+        log.info("ssh_login", login=self.name, run_id=self.run_id, address=self.address)
 
     def session_requested(self) -> TenantSession:
         self._need_room()

@@ -37,7 +37,7 @@ from sublet.records.tenancy.model import (
     StandingChanged,
     StandingForbids,
 )
-from sublet.records.tenancy.policy import Action, Identity, require, require_devices
+from sublet.records.tenancy.policy import Action, Identity, may_under, require, require_devices
 from sublet.records.tenancy.service import (
     authenticate,
     change_role,
@@ -116,6 +116,7 @@ __all__ = [
     "list_principals",
     "list_projects",
     "list_users_by_email",
+    "may_under",
     "recover_owner",
     "remove_principal",
     "require",

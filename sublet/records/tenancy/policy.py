@@ -168,6 +168,11 @@ class Identity:
         return Actor(id=self.key.id, organisation_id=self.organisation.id, address=address)
 
 
+def may_under(standing: Standing, action: Action) -> bool:
+    """Whether an organisation of that standing may do it at all, whoever asks."""
+    return action in STANDINGS[standing]
+
+
 def require(
     identity: Identity,
     action: Action,
@@ -196,7 +201,7 @@ def require(
             else "Only the owner of this cloud may do that.",
             action=action.value,
         )
-    if action not in STANDINGS[identity.organisation.standing]:
+    if not may_under(identity.organisation.standing, action):
         raise StandingForbids(
             f"The organisation is {identity.organisation.standing.value} and may not "
             f"{_words(action)}: it can read and stop what it has.",

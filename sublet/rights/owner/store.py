@@ -130,25 +130,29 @@ def get_recall(tx: Connection, recall_id: str) -> Recall:
     return _recalls(tx, [found])[0]
 
 
+# What the loops run at every step is built once: building a statement costs more than running it.
+_RECALLS = (
+    sa.select(recalls)
+    .where(recalls.c.seq > sa.bindparam("after"))
+    .order_by(recalls.c.seq)
+    .limit(sa.bindparam("most"))
+)
+_LIVE_RECALLS = _RECALLS.where(recalls.c.state.in_([*LIVE]))
+_UNACCEPTED = sa.select(recalls.c.id).where(
+    recalls.c.state == RecallState.PLANNED, recalls.c.expires_at <= sa.bindparam("by")
+)
+
+
 def list_recalls(
     tx: Connection, *, after: int | None = None, limit: int = 100, live_only: bool = False
 ) -> list[Recall]:
-    query = sa.select(recalls).order_by(recalls.c.seq).limit(limit)
-    if after is not None:
-        query = query.where(recalls.c.seq > after)
-    if live_only:
-        query = query.where(recalls.c.state.in_([*LIVE]))
-    return _recalls(tx, tx.execute(query).all())
+    query = _LIVE_RECALLS if live_only else _RECALLS
+    return _recalls(tx, tx.execute(query, {"after": after or 0, "most": limit}).all())
 
 
 def list_unaccepted(tx: Connection, now: datetime) -> list[str]:
     """Plans whose minute is over."""
-    rows = tx.execute(
-        sa.select(recalls.c.id).where(
-            recalls.c.state == RecallState.PLANNED, recalls.c.expires_at <= now
-        )
-    )
-    return list(rows.scalars())
+    return list(tx.execute(_UNACCEPTED, {"by": now}).scalars())
 
 
 def _recalls(tx: Connection, found: Sequence[Any]) -> list[Recall]:
@@ -269,14 +273,19 @@ def end_shortfalls(
     )
 
 
+_SHORTFALLS = (
+    sa.select(shortfalls)
+    .where(shortfalls.c.seq > sa.bindparam("after"))
+    .order_by(shortfalls.c.seq)
+    .limit(sa.bindparam("most"))
+)
+_OPEN_SHORTFALLS = _SHORTFALLS.where(shortfalls.c.ended_at.is_(None))
+
+
 def list_shortfalls(
     tx: Connection, *, after: int | None = None, limit: int = 100, open_only: bool = False
 ) -> list[Shortfall]:
-    query = sa.select(shortfalls).order_by(shortfalls.c.seq).limit(limit)
-    if after is not None:
-        query = query.where(shortfalls.c.seq > after)
-    if open_only:
-        query = query.where(shortfalls.c.ended_at.is_(None))
+    query = _OPEN_SHORTFALLS if open_only else _SHORTFALLS
     return [
         Shortfall(
             id=row.id,
@@ -291,5 +300,5 @@ def list_shortfalls(
             recorded_at=row.recorded_at,
             ended_at=row.ended_at,
         )
-        for row in tx.execute(query)
+        for row in tx.execute(query, {"after": after or 0, "most": limit})
     ]

@@ -111,10 +111,12 @@ def wait(work: Work, workload: Workload) -> Workload:
 
 def refusal(refused: Refused) -> NoCapacity:
     """Out of stock, with every way on that is known."""
-    if refused.earliest_at is not None:
+    if refused.reason is allocation.RefusalReason.OUT_OF_SERVICE:
+        way = "its devices are out of service now: send `wait` to be served when they are back"
+    elif refused.earliest_at is not None:
         way = f"the earliest is {refused.earliest_at.isoformat(timespec='seconds')}"
     elif refused.offer_to_wait:
-        way = "only what has no end stands in the way: send `wait` to be served when it leaves"
+        way = "when there is room again is not known: send `wait` to be served then"
     else:
         way = "ask for a smaller shape"
     return NoCapacity(

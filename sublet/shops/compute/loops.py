@@ -212,8 +212,10 @@ class ComputeLoop:
                     return False
                 admission.serve(work, current)
         except (NoCapacity, PaymentRequired, Forbidden) as refusal:
-            refused.add(kinships[admission.ground_of(refusal)])
-            log.info("waiter_not_served", workload_id=workload.id, code=refusal.code)
+            ground = admission.ground_of(refusal)
+            refused.add(kinships[ground])
+            if ground is not Ground.ROOM:
+                log.info("waiter_not_served", workload_id=workload.id, code=refusal.code)
             return False
         except Conflict as refusal:
             log.info("waiter_not_served", workload_id=workload.id, code=refusal.code)

@@ -42,6 +42,20 @@ class StandingPut(Body):
     why: Reason
 
 
+class StopWorkloads(Body):
+    """Why the owner ends what an organisation runs; the consumer reads it on each workload."""
+
+    reason: Literal["abuse", "legal_order"]
+
+
+class StoppedWorkloads(Shape):
+    """What was ended by this; what was ending or waiting already is not among it."""
+
+    organisation_id: str
+    reason: Literal["abuse", "legal_order"]
+    workload_ids: list[str]
+
+
 class Project(Shape):
     id: str
     organisation_id: str

@@ -204,6 +204,8 @@ class Workload(Shape):
     party: Literal["sale", "first_party"]
     spec: dict[str, Any]
     created_at: Instant
+    starts_at: Instant | None
+    """When its devices are its own, while that lies ahead: what holds them leaves first."""
     waiting_since: Instant | None
     retries: int
     exit_code: int | None

@@ -8,6 +8,7 @@ from sqlalchemy import Connection
 
 from sublet.base.kernel.money import Money
 from sublet.base.wire import rest
+from sublet.capacity import allocation
 from sublet.edge.api.deps import Deps
 from sublet.records import ledger
 from sublet.rights import market
@@ -45,6 +46,7 @@ def workload(tx: Connection, found: compute.Workload, deps: Deps, now: datetime)
         party=found.party,
         spec=to_document(found.spec),
         created_at=found.created_at,
+        starts_at=_starts_at(tx, found, now),
         waiting_since=found.waiting_since,
         retries=found.retries,
         exit_code=found.exit_code,
@@ -57,6 +59,13 @@ def workload(tx: Connection, found: compute.Workload, deps: Deps, now: datetime)
         cost=rest.Money.of(_cost(tx, found.contract_id, deps.currency)),
         stopped_costs_per_hour=rest.Money.of(compute.stopped_costs_per_hour(deps.currency)),
     )
+
+
+def _starts_at(tx: Connection, found: compute.Workload, now: datetime) -> datetime | None:
+    if found.state is not compute.State.PROVISIONING or found.claim_id is None:
+        return None
+    starts_at = allocation.get_claim(tx, found.claim_id).starts_at
+    return starts_at if starts_at > now else None
 
 
 def _price(tx: Connection, contract: market.Contract, now: datetime) -> int:
