@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
 from sublet.base.store import database
+
+sys.path.insert(0, str(Path(__file__).parent))
+"""For `templates`, which several folders use."""
 
 # No test cuts the power, and waiting for the disk is most of what a commit takes. What a test
 # kills are processes of their own, which keep the setting.

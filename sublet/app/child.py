@@ -11,6 +11,7 @@ import asyncio
 import ctypes
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -29,11 +30,14 @@ from sublet.app.serving import bastion_of, create_app
 from sublet.app.settings import Settings
 from sublet.app.wiring import App, log_to, open_app
 from sublet.base.kernel.clock import SystemClock
+from sublet.edge.api.guard import guarded
 
 log = structlog.get_logger()
 
 ORDERS = "SUBLET_CHILD_ORDERS"
 PR_SET_PDEATHSIG = 1
+DESCRIPTORS_AT_MOST = 65_536
+"""Where the machine sets no limit we do: a fault should be met before the memory is gone."""
 SHUTDOWN_LIMIT = timedelta(minutes=15)
 
 
@@ -57,6 +61,7 @@ class Orders:
 def main() -> int:
     orders = Orders(**json.loads(os.environ.pop(ORDERS)))
     _end_with(orders.parent)
+    _raise_descriptor_limit()
     settings = Settings.model_validate_json(orders.settings)
     log_to(
         Path(settings.data).resolve() / "sublet.log",
@@ -78,6 +83,16 @@ def _end_with(parent: int) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if os.getppid() != parent:
         sys.exit(1)
+
+
+def _raise_descriptor_limit() -> int:
+    """As many descriptors as we may have; the usual 1024 is for programs that call select."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS_AT_MOST
+    if most != resource.RLIM_INFINITY:
+        wanted = min(wanted, most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+    return wanted
 
 
 def _ready(orders: Orders) -> None:
@@ -128,6 +143,7 @@ def _api(app: App, orders: Orders) -> int:
         server_header=False,
         timeout_graceful_shutdown=3,
         lifespan="off",
+        http=guarded(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
     )
     server = uvicorn.Server(config)
     # uvicorn installs its own handlers for SIGINT and SIGTERM when it serves.

@@ -37,6 +37,7 @@ def create_app(app: App, ssh_address: tuple[str, int] | None) -> ASGIApp:
             engine=app.engine,
             version=__version__,
             trial_credit=trial_credit(app.settings),
+            trials_per_day=app.settings.trials_per_day,
             trusted_tenants=app.settings.trusted_tenants,
             currency=app.settings.currency,
             ssh_host=None if ssh_address is None else ssh_address[0],

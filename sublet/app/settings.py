@@ -48,6 +48,12 @@ class Settings(BaseSettings):
         description="Credit granted at sign-up, such as 5.00; default: two on-demand hours of "
         "the dearest one-device offer on the rate card; 0 grants none.",
     )
+    trials_per_day: int = Field(
+        20,
+        ge=0,
+        description="So many sign-ups in 24 hours get trial credit; those after them get none, and "
+        "start nothing until credit is added.",
+    )
     disk_reserve_mb: int = Field(
         1024, ge=16, description="Free space kept for Sublet itself: below it nothing starts."
     )

@@ -25,6 +25,7 @@ from sublet.app import first
 from sublet.app.child import ORDERS, Orders
 from sublet.app.folder import Folder, write_private
 from sublet.app.settings import Settings
+from sublet.app.wiring import rotate_log
 from sublet.base.kernel.clock import read_boot_ns
 from sublet.base.kernel.errors import SubletError, Unavailable
 
@@ -85,6 +86,7 @@ def main(
     try:
         folder.make()
         lock_fd = folder.acquire()
+        rotate_log(folder.log)
         sockets = {
             "api": _listen(settings.host, settings.port, "--port"),
             "ssh": _listen(settings.host, settings.ssh_port, "--ssh-port"),

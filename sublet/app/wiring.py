@@ -77,9 +77,42 @@ def trial_credit(settings: Settings) -> Money | None:
     return Money.parse(settings.trial_credit, settings.currency)
 
 
+LOG_BYTES = 20_000_000
+LOGS_KEPT = 5
+
+
+def rotate_log(path: Path) -> None:
+    """Set a log that has grown large aside: `sublet.log.1` is the newest of five.
+
+    For the parent alone, before its children start: they hold the file open, and would go on
+    writing into the one that was set aside.
+    """
+    if not path.exists() or path.stat().st_size < LOG_BYTES:
+        return
+    for number in range(LOGS_KEPT - 1, 0, -1):
+        older = path.with_name(f"{path.name}.{number}")
+        if older.exists():
+            older.replace(path.with_name(f"{path.name}.{number + 1}"))
+    path.replace(path.with_name(f"{path.name}.1"))
+
+
+class _Forward(logging.Handler):
+    """What libraries log, as lines of ours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        structlog.get_logger().log(
+            record.levelno,
+            "library_said",
+            library=record.name,
+            said=record.getMessage(),
+            exc_info=record.exc_info,
+        )
+
+
 def log_to(path: Path, level: str, process: str) -> None:
     """Structured lines, one JSON object each, appended to the log of this installation."""
     file = path.open("a", buffering=1, encoding="utf-8")
+    logging.basicConfig(handlers=[_Forward()], level=logging.WARNING, force=True)
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,

@@ -6,17 +6,18 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 from starlette.testclient import TestClient
+from templates import Template
 
 from sublet.base.kernel.clock import VirtualClock
-from sublet.base.kernel.ids import SeededIds
 from sublet.base.kernel.money import Money
-from sublet.base.store import Actor, Store, metadata, open_store
+from sublet.base.store import Actor, Store
 from sublet.base.wire import rest
 from sublet.capacity import allocation, fleet
 from sublet.capacity.allocation import loops as allocation_loops
@@ -126,27 +127,40 @@ class World:
         raise AssertionError(f"{workload_id} is {found.state}, not {state}: {found}")
 
 
+@cache
+def prepared(devices: int, trusted_tenants: bool) -> Template[tuple[str, str]]:
+    """A cloud that has just been opened; gives its pool and the owner's secret."""
+
+    def prepare(store: Store, clock: VirtualClock) -> tuple[str, str]:
+        engine = SimulatedEngine(clock, devices=devices)
+        with store.work(SYSTEM) as work:
+            fleet.load_costs(work, fleet.seed_costs())
+            market.load_rate_card(work, CARD, work.now)
+            node = fleet.enrol(
+                work, engine.inventory(), site_name="home", trusted_tenants=trusted_tenants
+            )
+            allocation.set_firm_shelf(work, node.pool_id, devices, None)
+            market.post_spot_prices(work, work.now)
+            opened = billing.open_owner(work, name="Owner", email="owner@example.org")
+            assert opened is not None
+        return node.pool_id, opened.secret
+
+    return Template(prepare, START)
+
+
 def make_world(
     folder: Path,
     *,
     devices: int = 2,
     trial: str | None = "20.00",
     trusted_tenants: bool = False,
+    trials_per_day: int = 20,
 ) -> World:
     clock = VirtualClock(START)
-    store = open_store(f"sqlite:///{folder / 'cloud.db'}", clock, SeededIds(1))
-    metadata.create_all(store.engine)
+    template = prepared(devices, trusted_tenants)
+    store = template.open(folder, clock)
+    pool_id, owner_secret = template.found
     engine = SimulatedEngine(clock, devices=devices)
-    with store.work(SYSTEM) as work:
-        fleet.load_costs(work, fleet.seed_costs())
-        market.load_rate_card(work, CARD, work.now)
-        node = fleet.enrol(
-            work, engine.inventory(), site_name="home", trusted_tenants=trusted_tenants
-        )
-        allocation.set_firm_shelf(work, node.pool_id, devices, None)
-        market.post_spot_prices(work, work.now)
-        opened = billing.open_owner(work, name="Owner", email="owner@example.org")
-        assert opened is not None
     nudges: list[int] = []
     deps = Deps(
         store=store,
@@ -154,9 +168,11 @@ def make_world(
         version="0.1.0",
         nudge=lambda: nudges.append(1),
         trial_credit=None if trial is None else Money.parse(trial),
+        trials_per_day=trials_per_day,
         trusted_tenants=trusted_tenants,
         ssh_host="127.0.0.1",
         ssh_port=2222,
+        body_seconds=0.5,
         follow_poll_seconds=0.01,
         follow_polls=200,
     )
@@ -165,8 +181,8 @@ def make_world(
         clock=clock,
         engine=engine,
         http=TestClient(create_api(deps), raise_server_exceptions=True),
-        owner_secret=opened.secret,
-        pool_id=node.pool_id,
+        owner_secret=owner_secret,
+        pool_id=pool_id,
         loop=ComputeLoop(store, engine),
         nudges=nudges,
     )

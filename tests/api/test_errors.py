@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
 from sublet.base.kernel import errors as kernel
+from sublet.base.wire import rest
 from sublet.edge.api.errors import FAMILIES, family_of
 
 
@@ -57,7 +59,78 @@ def test_unknown_route_and_method(world) -> None:
     error_of(world.ask("GET", "/v1/me/"), 404, "route_not_found")
     answer = world.ask("DELETE", "/v1/me")
     error_of(answer, 405, "method_not_allowed")
-    assert answer.headers["allow"] == "GET"
+    assert answer.headers["allow"] == "GET, HEAD, OPTIONS"
+    error_of(world.ask("OPTIONS", "/v1/nothing"), 404, "route_not_found")
+    asked = world.ask("OPTIONS", "/v1/projects")
+    assert (asked.status_code, asked.content) == (204, b"")
+    assert asked.headers["allow"] == "GET, HEAD, OPTIONS, POST"
+    assert asked.headers["x-request-id"]
+
+
+def test_head_is_get_without_what_it_says(world) -> None:
+    owner = world.owner_secret
+    for path in ("/healthz", "/v1/me", "/v1/projects", "/openapi.json"):
+        said, head = world.ask("GET", path, owner), world.ask("HEAD", path, owner)
+        assert (head.status_code, head.content) == (200, b""), path
+        assert head.headers["content-length"] == said.headers["content-length"]
+    head = world.ask("HEAD", "/v1/me")
+    assert (head.status_code, head.content) == (401, b"")
+    assert world.ask("HEAD", "/v1/nothing").status_code == 404
+    # An answer that never ends by itself is broken off behind its head.
+    client, made = world.newcomer()
+    job = client.jobs.create(rest.JobCreate(offer_id="gpu-spot", command=["sleep", "900"]))
+    head = world.ask("HEAD", f"/v1/jobs/{job.id}/logs?follow=true", made.secret)
+    assert (head.status_code, head.content) == (200, b"")
+    metrics = world.ask("GET", "/metrics", owner).text
+    assert 'method="HEAD",route="/v1/me",status="200"' in metrics
+
+
+def test_every_pattern_has_words(world) -> None:
+    found: set[str] = set()
+
+    def walk(part: Any) -> None:
+        if isinstance(part, dict):
+            found.update({part["pattern"]} if isinstance(part.get("pattern"), str) else ())
+            part = list(part.values())
+        for inner in part if isinstance(part, list) else ():
+            walk(inner)
+
+    walk(world.ask("GET", "/openapi.json").json())
+    assert found
+    assert found <= set(rest.PATTERNS)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        (
+            "/v1/signup",
+            {"email": "nobody", "organisation_name": "A"},
+            "email: must look like name@example.org",
+        ),
+        ("/v1/projects", {"name": "a" * 101}, "name: at most 100 characters"),
+        ("/v1/projects", {"name": " "}, "name: must not be empty"),
+        ("/v1/projects", {"name": 5}, "name: must be a text"),
+        ("/v1/keys", {"name": "a", "limits": 5}, "limits: must be an object"),
+        ("/v1/keys", {"name": "a", "role": "boss"}, "role: must be `admin`, `member` or `viewer`"),
+        (
+            "/v1/jobs",
+            {"offer_id": "gpu-spot", "command": "true"},
+            "command: must be a list",
+        ),
+        (
+            "/v1/jobs",
+            {"offer_id": "gpu-spot", "command": ["true"], "wait": 1},
+            "wait: must be true or false",
+        ),
+        ("/v1/projects?limit=x", None, "limit: must be a whole number"),
+        ("/v1/projects?limit=501", None, "limit: at most 500"),
+    ],
+)
+def test_a_wrong_value_is_answered_in_words(world, path, body, message) -> None:
+    method = "GET" if body is None else "POST"
+    error = error_of(world.ask(method, path, world.owner_secret, body), 422, "invalid_request")
+    assert error["message"] == message
 
 
 @pytest.mark.parametrize(
@@ -121,14 +194,14 @@ def test_a_body_over_a_mebibyte(world) -> None:
 @pytest.mark.parametrize(
     ("body", "param", "says"),
     [
-        ({"offer_id": "gpu-spot", "count": True}, "count", "valid integer"),
-        ({"offer_id": "gpu-spot", "count": "1"}, "count", "valid integer"),
-        ({"offer_id": "gpu-spot", "count": 1.0}, "count", "valid integer"),
-        ({"offer_id": "gpu-spot", "count": 0}, "count", "greater than or equal to 1"),
-        ({"offer_id": "gpu-spot", "count": 10**30}, "count", "less than or equal to"),
+        ({"offer_id": "gpu-spot", "count": True}, "count", "whole number"),
+        ({"offer_id": "gpu-spot", "count": "1"}, "count", "whole number"),
+        ({"offer_id": "gpu-spot", "count": 1.0}, "count", "whole number"),
+        ({"offer_id": "gpu-spot", "count": 0}, "count", "at least 1"),
+        ({"offer_id": "gpu-spot", "count": 10**30}, "count", "at most"),
         ({"count": 1}, "offer_id", "required"),
         ({"offer_id": "gpu-spot", "cuont": 1}, "cuont", "the fields are: offer_id, count"),
-        ({"offer_id": "gpu\u0000spot"}, "offer_id", "match pattern"),
+        ({"offer_id": "gpu\u0000spot"}, "offer_id", "must look like an id"),
         ({"offer_id": "gpu-spot", "notice_seconds": 7}, "notice_seconds", "30 or 120"),
         (
             {"offer_id": "gpu-spot", "max_price_micros_per_device_hour": 5},
@@ -230,10 +303,11 @@ def test_trusted_tenants_stay_visible(world, worlds) -> None:
         assert trusting.ask("GET", path).headers["x-trusted-tenants"] == "true"
 
 
-def test_a_store_that_cannot_be_read_is_unavailable(world, tmp_path) -> None:
+def test_a_store_that_cannot_be_read_is_unavailable(world) -> None:
     world.store.close()
-    (tmp_path / "cloud.db").write_bytes(b"not a database at all, by no means" * 200)
-    for left in tmp_path.glob("cloud.db-*"):
+    file = Path(world.store.url.database)
+    file.write_bytes(b"not a database at all, by no means" * 200)
+    for left in file.parent.glob(f"{file.name}-*"):
         left.unlink()
     answer = world.ask("GET", "/v1/me", world.owner_secret)
     error_of(answer, 503, "database_unavailable")

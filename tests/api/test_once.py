@@ -57,6 +57,28 @@ def test_keys_of_two_organisations_do_not_meet(world) -> None:
     assert one.json()["organisation_id"] != two.json()["organisation_id"]
 
 
+def test_the_answer_of_an_admin_is_not_for_who_may_not_do_it(world) -> None:
+    client, made = world.newcomer()
+    viewer = client.keys.create(rest.KeyCreate(name="v", role="viewer")).secret
+    member = client.keys.create(rest.KeyCreate(name="m", role="member")).secret
+    machine = client.instances.create(rest.InstanceCreate(offer_id="gpu-spot"))
+    for path, body, who in (
+        ("/v1/keys", {"name": "a"}, member),
+        ("/v1/projects", {"name": "a"}, member),
+        ("/v1/quotes", {"offer_id": "gpu-spot"}, viewer),
+        ("/v1/jobs", {"offer_id": "gpu-spot", "command": ["true"]}, viewer),
+        (f"/v1/instances/{machine.id}/stop", None, viewer),
+    ):
+        first = world.ask("POST", path, made.secret, body, idempotency_key="k")
+        assert first.status_code in (200, 201), path
+        again = world.ask("POST", path, who, body, idempotency_key="k")
+        assert again.status_code == 403, path
+        assert again.json()["error"]["code"] == "forbidden"
+        kept = world.ask("POST", path, made.secret, body, idempotency_key="k")
+        assert kept.headers["idempotent-replayed"] == "true"
+    assert [e.result for e in client.audit.list()].count("forbidden") == 5
+
+
 def test_a_refusal_is_not_kept(world) -> None:
     client, made = world.newcomer()
     blocker = client.jobs.create(

@@ -110,6 +110,95 @@ def test_suspended_may_end_and_read_but_not_begin(world) -> None:
     client.jobs.cancel(job.id)
 
 
+def _suspended(world, made: rest.SignUp) -> None:
+    organisation = world.owner.organisations.get(made.organisation.id)
+    world.owner.organisations.set_standing(
+        organisation.id,
+        rest.StandingPut(standing="suspended", why="abuse report 12"),
+        version=organisation.version,
+    )
+
+
+def test_the_owner_ends_what_a_suspended_consumer_runs_and_it_stays_ended(world) -> None:
+    client, made = world.newcomer()
+    job = client.jobs.create(rest.JobCreate(offer_id="gpu-spot", command=["sleep", "900"]))
+    machine = client.instances.create(
+        rest.InstanceCreate(offer_id="gpu-spot", auto_resume=True, wait=True)
+    )
+    other, _ = world.newcomer("Other")
+    waiting = client.jobs.create(
+        rest.JobCreate(offer_id="gpu-spot", command=["sleep", "900"], wait=True)
+    )
+    world.settle(client, job.id, "running")
+    world.settle(client, machine.id, "running")
+    _suspended(world, made)
+    stop = rest.StopWorkloads(reason="abuse")
+    for stranger in (client, other):
+        refused(
+            lambda who=stranger: who.organisations.stop_workloads(made.organisation.id, stop),
+            403,
+            "forbidden",
+        )
+    ended = world.owner.organisations.stop_workloads(made.organisation.id, stop)
+    assert sorted(ended.workload_ids) == sorted([job.id, machine.id])
+    world.advance(300)
+    assert client.instances.get(machine.id).state == "stopped"
+    assert client.instances.get(machine.id).reason == "abuse"
+    assert client.jobs.get(job.id).state in ("failed", "terminated")
+    assert client.jobs.get(job.id).reason == "abuse"
+    assert client.jobs.get(waiting.id).state == "awaiting_capacity"
+    [row] = [e for e in client.audit.list() if e.action == "stop_workloads" and e.result == "ok"]
+    assert row.target == made.organisation.id
+    assert row.detail == {"reason": "abuse"}
+    assert world.owner.organisations.stop_workloads(made.organisation.id, stop).workload_ids == []
+
+
+def test_the_owner_does_not_end_its_own_so(world) -> None:
+    owner = world.owner
+    mine = owner.me().organisation.id
+    stop = rest.StopWorkloads(reason="legal_order")
+    error = refused(lambda: owner.organisations.stop_workloads(mine, stop), 422, "invalid_request")
+    assert error.param == "organisation_id"
+    refused(
+        lambda: owner.organisations.stop_workloads("org_none", stop), 404, "organisation_not_found"
+    )
+
+
+def test_a_limited_key_makes_none_that_may_do_more(world) -> None:
+    client, _ = world.newcomer()
+    until = world.clock.now() + timedelta(hours=1)
+    limits = rest.KeyLimitsBody(max_devices=1, requests_per_minute=100)
+    made = client.keys.create(rest.KeyCreate(name="limited", expires_at=until, limits=limits))
+    limited = world.caller(made.secret)
+    heir = limited.keys.create(rest.KeyCreate(name="heir")).key
+    assert (heir.expires_at, heir.limits) == (until, made.key.limits)
+    less = rest.KeyLimitsBody(max_devices=0)
+    lesser = limited.keys.create(rest.KeyCreate(name="lesser", role="viewer", limits=less)).key
+    assert (lesser.role, lesser.limits.max_devices) == ("viewer", 0)
+    assert lesser.limits.requests_per_minute == 100
+    for param, body in {
+        "expires_at": {"expires_at": until + timedelta(seconds=1)},
+        "limits.max_devices": {"limits": rest.KeyLimitsBody(max_devices=2)},
+        "limits.requests_per_minute": {"limits": rest.KeyLimitsBody(requests_per_minute=101)},
+    }.items():
+        more = rest.KeyCreate(name="more", **body)
+        error = refused(lambda more=more: limited.keys.create(more), 403, "forbidden")
+        assert error.param == param
+    # Nor by way of a principal of one's own.
+    bot = limited.principals.create(
+        rest.PrincipalCreate(kind="service_account", name="bot", role="admin")
+    )
+    of_bot = limited.keys.create(rest.KeyCreate(name="bot", principal_id=bot.id)).key
+    assert of_bot.limits.max_devices == 1
+    # A key that says admin makes keys for lesser principals all the same.
+    admin = client.keys.create(rest.KeyCreate(name="admin", role="admin"))
+    reader = client.principals.create(
+        rest.PrincipalCreate(kind="service_account", name="reader", role="viewer")
+    )
+    body = rest.KeyCreate(name="reads", principal_id=reader.id)
+    assert world.caller(admin.secret).keys.create(body).key.role == "viewer"
+
+
 def test_a_key_of_a_project_sees_that_project_and_no_other(world) -> None:
     client, made = world.newcomer()
     other = client.projects.create(rest.ProjectCreate(name="other"))
@@ -241,6 +330,36 @@ def test_the_owner_reads_consumers_money_and_not_their_work(world) -> None:
     assert owner.money.balance(organisation_id=made.organisation.id).held.micros > 0
     refused(lambda: owner.jobs.get(job.id), 404, "workload_not_found")
     assert made.organisation.id in {o.id for o in owner.organisations.list()}
+
+
+def test_trial_credit_is_for_so_many_a_day(worlds) -> None:
+    world = worlds(trials_per_day=2)
+    for name in ("One", "Two"):
+        _, made = world.newcomer(name)
+        assert (made.trial_credit.micros, made.note) == (20_000_000, None)
+        world.clock.advance_to(world.clock.now() + timedelta(hours=1))
+    client, made = world.newcomer("Three")
+    assert made.trial_credit.micros == 0
+    assert made.organisation.standing == "unverified"
+    assert "No trial credit is left" in made.note
+    assert client.me().available.micros == 0
+    world.clock.advance_to(world.clock.now() + timedelta(hours=24))
+    assert world.newcomer("Four")[1].trial_credit.micros == 20_000_000
+    assert worlds(trials_per_day=0).newcomer()[1].trial_credit.micros == 0
+
+
+def test_sign_ups_of_one_address_have_a_pace(world) -> None:
+    body = {"email": "no address", "organisation_name": "A"}
+    taken = {"email": "owner@example.org", "organisation_name": "A"}
+    for _ in range(30):
+        assert world.ask("POST", "/v1/signup", None, taken).status_code in (201, 409)
+    answer = world.ask("POST", "/v1/signup", None, taken)
+    assert answer.status_code == 429
+    assert answer.json()["error"]["code"] == "rate_limited"
+    assert "sign-ups a minute" in answer.json()["error"]["message"]
+    assert world.ask("POST", "/v1/signup", None, body).status_code == 422
+    world.clock.advance_to(world.clock.now() + timedelta(minutes=1))
+    world.newcomer("Later")
 
 
 def test_an_address_signs_up_once(world) -> None:

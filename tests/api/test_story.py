@@ -107,6 +107,18 @@ def test_with_wait_there_is_no_refusal(world) -> None:
     assert world.settle(client, waiting["id"], "completed").exit_code == 0
 
 
+def test_what_is_admitted_for_later_says_when_it_starts(world) -> None:
+    client, _ = world.newcomer()
+    for _ in range(2):
+        spot = client.jobs.create(rest.JobCreate(offer_id="gpu-spot", command=["sleep", "9000"]))
+        world.settle(client, spot.id, "running")
+    assert client.jobs.get(spot.id).starts_at is None
+    firm = client.instances.create(rest.InstanceCreate(offer_id="gpu-on-demand"))
+    assert firm.state == "provisioning"
+    assert firm.starts_at is not None
+    assert firm.starts_at > world.clock.now()
+
+
 def test_without_credit_nothing_starts(worlds) -> None:
     world = worlds(trial="0.10")
     client, _ = world.newcomer()

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from templates import Template
 
 from sublet.audit import check
 from sublet.base.kernel.clock import VirtualClock
-from sublet.base.kernel.ids import SeededIds
 from sublet.base.kernel.money import Money
-from sublet.base.store import Actor, metadata, open_store
+from sublet.base.store import Actor, Store, Work
 from sublet.capacity import allocation, fleet
 from sublet.capacity.allocation import loops as allocation_loops
 from sublet.capacity.engines.simulated import SimulatedEngine
@@ -25,6 +26,55 @@ from sublet.shops import compute
 START = datetime(2026, 11, 2, 12, 7, tzinfo=UTC)
 TICK = timedelta(milliseconds=250)
 TESTER = Actor.system("test")
+
+
+@cache
+def prepared(
+    nodes: int, devices: int, head_room: int, fences: tuple[tuple[str, Any], ...]
+) -> Template[tuple[str, list[tenancy.Identity]]]:
+    """A cloud with nodes, prices and three who have money; gives its pool and those three."""
+
+    def prepare(books: Store, clock: VirtualClock) -> tuple[str, list[tenancy.Identity]]:
+        engine = SimulatedEngine(clock, nodes=nodes, devices=devices, fences=dict(fences))
+        with books.work(TESTER) as work:
+            for inventory in engine.inventories():
+                node = fleet.enrol(
+                    work,
+                    inventory,
+                    site_name="home",
+                    trusted_tenants=False,
+                    engine="simulated",
+                )
+            fleet.set_pool(work, node.pool_id, head_room_percent=head_room, scrub_seconds=2)
+            market.load_rate_card(work, market.seed_rate_card(), work.now)
+            market.post_spot_prices(work, work.now)
+            allocation.set_firm_shelf(work, node.pool_id, nodes * devices, None)
+            people = [
+                _identity(work, name, kind)
+                for name, kind in (("owner", "owner"), ("buyer", "consumer"), ("other", "consumer"))
+            ]
+            for who in people[1:]:
+                ledger.post(
+                    work,
+                    key=f"gift {who.organisation.id}",
+                    debit=ledger.PAYMENTS,
+                    credit=ledger.customer_account(who.organisation.id),
+                    amount=Money.parse("10000"),
+                    kind="payment",
+                    organisation_id=who.organisation.id,
+                )
+        return node.pool_id, people
+
+    return Template(prepare, START)
+
+
+def _identity(work: Work, name: str, kind: str) -> tenancy.Identity:
+    organisation = tenancy.create_organisation(work, name=name, kind=kind, standing="good")
+    principal = tenancy.create_principal(
+        work, organisation.id, kind="user", name=name, role="admin"
+    )
+    key, _ = tenancy.create_key(work, principal.id, name="key")
+    return tenancy.Identity(organisation=organisation, principal=principal, key=key)
 
 
 class World:
@@ -42,46 +92,13 @@ class World:
     ) -> None:
         self.clock = VirtualClock(START)
         self.look = timedelta(seconds=look)
-        self.books = open_store(f"sqlite:///{path}/sublet.db", self.clock, SeededIds(1))
-        metadata.create_all(self.books.engine)
+        fences = tuple(sorted(engine.get("fences", {}).items()))
+        template = prepared(nodes, devices, head_room, fences)
+        self.books = template.open(path, self.clock)
         self.engine = SimulatedEngine(self.clock, nodes=nodes, devices=devices, **engine)
         self.loop = compute.ComputeLoop(self.books, self.engine, look=self.look)
-        with self.books.work(TESTER) as work:
-            for inventory in self.engine.inventories():
-                node = fleet.enrol(
-                    work,
-                    inventory,
-                    site_name="home",
-                    trusted_tenants=False,
-                    engine="simulated",
-                )
-            self.pool_id = node.pool_id
-            fleet.set_pool(work, self.pool_id, head_room_percent=head_room, scrub_seconds=2)
-            market.load_rate_card(work, market.seed_rate_card(), work.now)
-            market.post_spot_prices(work, work.now)
-            allocation.set_firm_shelf(work, self.pool_id, nodes * devices, None)
-            self.owner = self._identity(work, "owner", "owner")
-            self.buyer = self._identity(work, "buyer", "consumer")
-            self.other = self._identity(work, "other", "consumer")
-            for who in (self.buyer, self.other):
-                ledger.post(
-                    work,
-                    key=f"gift {who.organisation.id}",
-                    debit=ledger.PAYMENTS,
-                    credit=ledger.customer_account(who.organisation.id),
-                    amount=Money.parse("10000"),
-                    kind="payment",
-                    organisation_id=who.organisation.id,
-                )
+        self.pool_id, (self.owner, self.buyer, self.other) = template.found
         self.nodes = {node.name: node.id for node in self._read(fleet.list_nodes)}
-
-    def _identity(self, work: Any, name: str, kind: str) -> tenancy.Identity:
-        organisation = tenancy.create_organisation(work, name=name, kind=kind, standing="good")
-        principal = tenancy.create_principal(
-            work, organisation.id, kind="user", name=name, role="admin"
-        )
-        key, _ = tenancy.create_key(work, principal.id, name="key")
-        return tenancy.Identity(organisation=organisation, principal=principal, key=key)
 
     def _read(self, query: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self.books.read() as tx:

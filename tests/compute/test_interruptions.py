@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from sublet.base.kernel.errors import NoCapacity
 from sublet.base.kernel.money import Money
 from sublet.capacity import allocation, fleet
 from sublet.capacity.fleet import NodeState
@@ -337,3 +338,107 @@ def test_the_owner_recalls_runs_on_it_and_gives_it_back(make_world: Make) -> Non
     world.run(700)
     assert world.state(spot) == "running"
     assert len(world.runs(spot)) == 2
+
+
+def test_a_notice_called_off_too_late_was_given(make_world: Make) -> None:
+    world = make_world(devices=1)
+    instance = world.rent(env=FOREVER)
+    world.run(60)
+    world.interrupt(instance)
+    world.run(5)
+    run = world.last(instance)
+    # Nobody looks between the withdrawal and SIGTERM.
+    world.clock.advance_to(run.term_at - timedelta(seconds=1))
+    world.act(allocation.withdraw_notice, run.claim_id)
+    world.clock.advance_to(run.term_at + timedelta(seconds=60))
+    world.restart()
+    world.run(20)
+    ended = world.last(instance)
+    assert (ended.reason, ended.t0) == (compute.Reason.SPOT_INTERRUPTION, run.t0)
+    assert world.posted(instance, "interruption_credit") == -world.posted(instance) < 0
+
+
+def test_sigterm_between_the_look_and_the_withdrawal_leaves_the_notice_given(world: Any) -> None:
+    instance = world.rent(env=FOREVER)
+    world.run(60)
+    world.interrupt(instance)
+    world.run(5)
+    run = world.last(instance)
+    world.clock.advance_to(run.term_at - timedelta(milliseconds=10))
+    world.act(allocation.withdraw_notice, run.claim_id)
+    withdraw = world.engine.withdraw
+
+    def too_late(run_id: str) -> None:
+        world.clock.advance_to(run.term_at + timedelta(milliseconds=10))
+        withdraw(run_id)
+
+    world.engine.withdraw = too_late
+    world.loop.step(world.now)
+    world.run(60)
+    assert world.last(instance).t0 == run.t0
+    assert world.posted(instance, "interruption_credit") == -world.posted(instance) < 0
+
+
+def test_a_stop_after_a_notice_was_called_off_is_billed(world: Any) -> None:
+    instance = world.rent(env=FOREVER)
+    world.run(60)
+    world.interrupt(instance)
+    world.run(5)
+    world.act(allocation.withdraw_notice, world.last(instance).claim_id)
+    withdraw, world.engine.withdraw = world.engine.withdraw, lambda _: None
+    world.loop.step(world.now)
+    assert world.last(instance).t0 is not None, "the engine has not taken it back"
+    world.stop(instance)
+    world.run(60)
+    world.engine.withdraw = withdraw
+    assert world.last(instance).reason is compute.Reason.USER
+    assert world.posted(instance, "interruption_credit") == 0
+
+
+def test_a_drain_waits_for_whose_notice_was_just_withdrawn(world: Any) -> None:
+    first, second = world.rent(env=FOREVER), world.rent(env=FOREVER, who=world.other)
+    world.run(20)
+    world.interrupt(first)
+    world.run(2)
+    world.act(allocation.withdraw_notice, world.last(first).claim_id)
+    world.run(2)
+    [node_id] = world.nodes.values()
+    with world.books.work(world.owner.actor()) as work:
+        node = compute.cordon(work, world.owner, node_id, "drain")
+    world.loop.step(world.now)
+    assert node.state is NodeState.DRAINING
+    assert (world.state(first), world.state(second)) == ("running", "interrupting")
+    world.run(620)
+    run = world.last(first)
+    assert (world.state(first), run.notice_reason) == ("interrupting", "maintenance")
+    world.run(180)
+    assert (world.state(first), world.state(second)) == ("stopped", "stopped")
+
+
+def test_what_is_out_of_service_is_offered_to_wait_for(make_world: Make) -> None:
+    world = make_world(devices=1)
+    [node_id] = world.nodes.values()
+    with world.books.work(world.owner.actor()) as work:
+        compute.cordon(work, world.owner, node_id)
+    with pytest.raises(NoCapacity, match="out of service now: send `wait`") as refused:
+        world.rent(kind="job")
+    assert refused.value.details["reason"] == "out_of_service"
+    assert refused.value.details["offer_to_wait"] is True
+    job = world.job("sleep", "100", wait=True)
+    world.run(20)
+    assert world.state(job) == "awaiting_capacity"
+    with world.books.work(world.owner.actor()) as work:
+        compute.uncordon(work, world.owner, node_id)
+    world.run(20)
+    assert world.state(job) == "running"
+
+
+def test_a_refusal_that_only_spot_stands_behind_speaks_of_no_rights(make_world: Make) -> None:
+    world = make_world(devices=1)
+    world.rent(env=FOREVER)
+    world.run(10)
+    with pytest.raises(NoCapacity) as refused:
+        world.rent(kind="job")
+    assert refused.value.details["offer_to_wait"] is True
+    assert "no end" not in refused.value.message
+    assert "send `wait`" in refused.value.message

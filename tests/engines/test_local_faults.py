@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from sublet.capacity.engines.local.supervise import records, usage
+from sublet.capacity.engines.local.supervise import disk, records, usage
 from sublet.capacity.engines.port import EngineError, Notice, Phase, StartRefused
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -313,7 +313,7 @@ def test_a_run_that_holds_more_than_its_share_of_a_nearly_full_disk_is_warned_on
     local.until_over(run)
     plan = records.read_plan(str(local.folder(run)))
     short = dataclasses.replace(plan, disk_reserve_bytes=1 << 60, disk_share_bytes=100_000)
-    watch = usage.DiskWatch(short, str(local.folder(run)))
+    watch = disk.DiskWatch(short, str(local.folder(run)))
     assert "nearly full" in watch.step()
     assert watch.step() is None
     assert watch.excess is None
@@ -321,7 +321,7 @@ def test_a_run_that_holds_more_than_its_share_of_a_nearly_full_disk_is_warned_on
         dataclasses.replace(short, disk_share_bytes=1 << 30),
         dataclasses.replace(short, disk_reserve_bytes=0),
     ):
-        assert usage.DiskWatch(calm, str(local.folder(run))).step() is None
+        assert disk.DiskWatch(calm, str(local.folder(run))).step() is None
 
 
 def test_whoever_deletes_the_folder_gives_the_run_up(make_local: Any) -> None:

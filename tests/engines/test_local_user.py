@@ -29,6 +29,7 @@ SUITES = {
         "supervisor_killed or killed_before or another_boot or many_starts or in_the_middle "
         "or left_of"
     ),
+    "test_local_disk.py": "is_open or held_many or somebody_outside or under_way or hides",
 }
 """Suite and choice: one rung, and of the faults those that depend on who may look at whom."""
 

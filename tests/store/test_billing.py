@@ -6,19 +6,20 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from templates import Template
 
 from sublet.base.kernel.clock import VirtualClock
 from sublet.base.kernel.errors import Invalid, PaymentRequired
-from sublet.base.kernel.ids import SeededIds
 from sublet.base.kernel.interval import month_of, next_month
 from sublet.base.kernel.money import Money
 from sublet.base.kernel.price import Window, rate
-from sublet.base.store import Actor, Store, metadata, open_store, pending
+from sublet.base.store import Actor, Store, pending
 from sublet.capacity import fleet
 from sublet.capacity.engines.port import FENCES, Device, Fence, Inventory
 from sublet.money import billing
@@ -138,9 +139,16 @@ class Books:
 
 
 def open_books(path: Path, start: datetime = START) -> Books:
-    clock = VirtualClock(start)
-    store = open_store(f"sqlite:///{path}/sublet.db", clock, SeededIds(1))
-    metadata.create_all(store.engine)
+    clock, template = VirtualClock(start), prepared(start)
+    return Books(store=template.open(path, clock), clock=clock, customer=template.found)
+
+
+@cache
+def prepared(start: datetime) -> Template[billing.SignedUp]:
+    return Template(_prepare, start)
+
+
+def _prepare(store: Store, clock: VirtualClock) -> billing.SignedUp:
     with store.work(SYSTEM) as work:
         billing.open_owner(work, name="Owner")
         fences = {name: Fence(strength="enforced", by="probe", evidence="held") for name in FENCES}
@@ -159,8 +167,7 @@ def open_books(path: Path, start: datetime = START) -> Books:
         market.load_rate_card(work, CARD, work.now)
     with store.work(SYSTEM) as work:
         market.post_spot_prices(work, work.now)
-        customer = billing.sign_up(work, email="ada@example.org", organisation_name="Ada")
-    return Books(store=store, clock=clock, customer=customer)
+        return billing.sign_up(work, email="ada@example.org", organisation_name="Ada")
 
 
 @pytest.fixture

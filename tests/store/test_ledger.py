@@ -466,8 +466,12 @@ def _act(work: Work, number: int, act: str, more: list[Any]) -> None:
         ledger.resize_hold(work, known.id, amount=more[1], expires_at=known.expires_at)
     elif act == "settle" and known is not None and known.amount_micros > 0:
         used = min(more[1], known.amount)
-        charge(work, used, f"use:{number}")
-        ledger.resize_hold(work, known.id, amount=known.amount - used, expires_at=known.expires_at)
+        # Two steps that stand or fall together: where other charges have eaten into what was held,
+        # the second is refused, and its Work with it.
+        with work.tx.begin_nested():
+            charge(work, used, f"use:{number}")
+            left = known.amount - used
+            ledger.resize_hold(work, known.id, amount=left, expires_at=known.expires_at)
     elif act == "release" and known is not None:
         ledger.release_hold(work, known.id)
     elif act == "lapse":

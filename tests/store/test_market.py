@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -817,3 +818,110 @@ def test_contracts_are_listed_and_found_by_subject(world: World) -> None:
         assert market.get_contract(work.tx, two.id) == two
         with pytest.raises(market.ContractNotFound):
             market.settle(work, "con_none")
+
+
+def drained(world: World, leave: int = 0) -> None:
+    """Pay out the buyer's free credit, but for that many micros."""
+    organisation_id = world.buyer.organisation.id
+    with world.work() as work:
+        ledger.post(
+            work,
+            key=f"payout {work.now}",
+            debit=ledger.customer_account(organisation_id),
+            credit=ledger.PAYMENTS,
+            amount=ledger.available(work.tx, organisation_id) - Money(leave),
+            kind="payout",
+            organisation_id=organisation_id,
+        )
+
+
+def test_use_past_the_credit_waits_for_credit_and_is_lost_at_the_close(world: World) -> None:
+    contract = world.rent("cpu-spot")
+    run = world.open(contract)
+    with world.store.read() as tx:
+        held = ledger.find_hold(tx, contract.subject)
+        assert held is not None
+    drained(world)
+    world.until(START + 10 * HOUR)
+    assert world.settle(contract, run) == held.amount
+    assert world.settle(contract, run) == Money(0)
+    with world.store.read() as tx:
+        assert ledger.lost(tx, contract.id) == Money(0), "it may still be paid"
+        rated = market.rate_so_far(tx, contract).amount
+    with world.work() as work:
+        world.give(work, world.buyer, "0.1")
+    assert world.settle(contract, run) == Money(100_000)
+    usage, given_back = world.close(contract, run, reason="credit_exhausted")
+    with world.store.read() as tx:
+        assert usage == held.amount + Money(100_000)
+        assert usage + ledger.lost(tx, contract.id) == rated
+        assert given_back == Money(0)
+        assert ledger.balance(tx, ledger.LOSSES) == usage - rated
+        assert ledger.trial_balance(tx) == Money(0)
+        assert ledger.recount(tx) == []
+    with world.work() as work:
+        world.give(work, world.buyer, "5")
+        assert market.settle(work, contract.id) == Money(0), "what is lost is not charged later"
+        # A correction takes the loss back before it gives anything back.
+        [record] = metering.list_usage(work.tx, run)[:1]
+        before = ledger.lost(work.tx, contract.id)
+        metering.correct(
+            work,
+            run_id=run,
+            event_id="half",
+            corrects=record.event_id,
+            starts_at=record.starts_at,
+            ends_at=record.ends_at,
+            devices=-record.devices,
+        )
+        taken_back = rated - market.rate_so_far(work.tx, contract).amount
+        again = market.settle(work, contract.id)
+        assert ledger.lost(work.tx, contract.id) == max(before - taken_back, Money(0))
+        assert -again == max(taken_back - before, Money(0))
+
+
+def test_what_is_free_is_neither_lost_nor_given_to_whom_it_was_not_charged(world: World) -> None:
+    contract = world.rent("cpu-spot")
+    run = world.open(contract)
+    drained(world)
+    world.until(START + 10 * HOUR)
+    told = START + 5 * MINUTE
+    ended = {"reason": "owner_recall", "t0": told, "notice_reason": "owner_recall"}
+    usage, given_back = world.close(contract, run, **ended)
+    with world.store.read() as tx:
+        assert usage == given_back == market.rate_so_far(tx, contract).amount
+        assert ledger.lost(tx, contract.id) == Money(0)
+
+
+def test_what_others_hold_pays_for_nothing_else(world: World) -> None:
+    contract, other = world.rent("cpu-spot"), world.rent("cpu-spot")
+    run = world.open(contract)
+    drained(world)
+    world.until(START + 10 * HOUR)
+    usage, _ = world.close(contract, run, reason="node_fault")
+    with world.store.read() as tx:
+        kept = ledger.find_hold(tx, other.subject)
+        assert kept is not None
+        account = ledger.customer_account(world.buyer.organisation.id)
+        assert ledger.balance(tx, account) == kept.amount
+        assert usage > Money(0)
+        assert ledger.lost(tx, contract.id) > Money(0)
+
+
+def test_without_an_identity_the_keys_limits_hold(world: World) -> None:
+    with world.work() as work:
+        limits = tenancy.Limits(max_devices=1)
+        key, _ = tenancy.create_key(work, world.buyer.principal.id, name="one", limits=limits)
+    small = dataclasses.replace(world.buyer, key=key)
+    first = world.rent("cpu-spot", small)
+    with world.work() as work:
+        hold = ledger.find_hold(work.tx, first.subject)
+        assert hold is not None
+        ledger.release_hold(work, hold.id)
+    second = world.rent("cpu-spot", small)
+    with pytest.raises(tenancy.QuotaExceeded), world.work() as work:
+        market.rehold(work, first.id)
+    with world.work() as work:
+        market.end_contract(work, second.id)
+        market.rehold(work, first.id)
+        assert ledger.find_hold(work.tx, first.subject) is not None

@@ -119,8 +119,9 @@ def _engine(url: sa.URL, *, writes: bool) -> Engine:
         cursor.execute("PRAGMA foreign_keys=on")
         cursor.close()
 
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN DEFERRED")
+    def _begin(connection: Any) -> None:
+        connection.execute("BEGIN IMMEDIATE" if writes else "BEGIN DEFERRED")
 
+    # Not by a listener: with one on the engine, every statement asks for listeners of its own.
+    engine.dialect.do_begin = _begin  # type: ignore[method-assign, assignment]
     return engine

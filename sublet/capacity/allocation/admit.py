@@ -38,8 +38,14 @@ from sublet.capacity.allocation.roll import pinned
 from sublet.capacity.allocation.victims import Candidate, candidate_of, choose
 
 
-def admit(book: PoolBook, claim: Claim, *, now: datetime) -> Admitted | Refused:
-    """Decide one sale against the book. Reads nothing else."""
+def admit(
+    book: PoolBook, claim: Claim, *, now: datetime, with_ways_on: bool = True
+) -> Admitted | Refused:
+    """Decide one sale against the book. Reads nothing else.
+
+    Without `with_ways_on` a refusal names its reason only: looking for the ways on takes a hundred
+    times as long as the decision, and who waits in a queue asks for them in vain.
+    """
     assert claim.is_sale, "the owner's claims are filed, never refused"
     assert claim.term_at is None
     assert claim.released_at is None
@@ -50,11 +56,12 @@ def admit(book: PoolBook, claim: Claim, *, now: datetime) -> Admitted | Refused:
     room = _Room(book, claim, now)
     start = room.start(claim.starts_at, clock=now, is_dated=is_dated)
     if start is None:
-        return _refused(room, is_dated=is_dated)
+        return _refused(room, is_dated=is_dated, with_ways_on=with_ways_on)
     claim = _moved(claim, to=start)
     displaced = _displaced(room, claim)
     if displaced is None:
-        return _refused(room, is_dated=is_dated, reason=RefusalReason.NODES)
+        reason = RefusalReason.NODES
+        return _refused(room, is_dated=is_dated, with_ways_on=with_ways_on, reason=reason)
     return Admitted(claim=claim, displaced=displaced)
 
 
@@ -245,18 +252,20 @@ class _Room:
         return None
 
 
-def _refused(room: _Room, *, is_dated: bool, reason: RefusalReason | None = None) -> Refused:
+def _refused(
+    room: _Room, *, is_dated: bool, with_ways_on: bool, reason: RefusalReason | None = None
+) -> Refused:
     claim, book = room.claim, room.book
     if claim.size > int(book.supply.max()):
         earliest, reason = None, RefusalReason.TOO_LARGE
     else:
-        earliest = room.earliest()
+        earliest = room.earliest() if with_ways_on else None
         reason = reason or _reason(room)
     return Refused(
         reason=reason,
         earliest_at=earliest,
         offer_to_wait=reason is not RefusalReason.TOO_LARGE,
-        smaller_count=_smaller(room, is_dated=is_dated),
+        smaller_count=_smaller(room, is_dated=is_dated) if with_ways_on else None,
     )
 
 

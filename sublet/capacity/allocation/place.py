@@ -32,14 +32,13 @@ class NodeView:
     slots: tuple[Slot, ...]
     is_whole: bool = True
     free: int = field(init=False, repr=False, compare=False)
-    """Counted once: every choice asks every node."""
+    is_untouched: bool = field(init=False, repr=False, compare=False)
+    """Whole and empty. Found once, as `free` is: every choice asks every node."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "free", sum(slot.rung is None for slot in self.slots))
-
-    @property
-    def is_empty(self) -> bool:
-        return self.free == len(self.slots)
+        free = sum(slot.rung is None for slot in self.slots)
+        object.__setattr__(self, "free", free)
+        object.__setattr__(self, "is_untouched", self.is_whole and free == len(self.slots))
 
 
 def choose_devices(
@@ -58,19 +57,18 @@ def choose_devices(
     if whole_node and len(nodes) > 1:
         return _whole_nodes(nodes, count)
     views = {node.node_id: node for node in nodes}
-    spare = sum(node.is_empty and node.is_whole for node in nodes) - kept_empty
+    spare = sum(node.is_untouched for node in nodes) - kept_empty
     found: list[str] = []
     for _ in range(count):
         fitting = [
             node
             for node in views.values()
-            if node.free >= devices
-            and (len(nodes) == 1 or spare > 0 or not (node.is_empty and node.is_whole))
+            if node.free >= devices and (len(nodes) == 1 or spare > 0 or not node.is_untouched)
         ]
         if not fitting:
             return None
         node = _preferred(fitting, devices, rung)
-        if node.is_empty and node.is_whole:
+        if node.is_untouched:
             spare -= 1
         unit = _unit(node, devices)
         found.extend(unit)
@@ -84,7 +82,7 @@ def choose_devices(
 
 
 def _whole_nodes(nodes: Sequence[NodeView], count: int) -> tuple[str, ...] | None:
-    empty = sorted((n for n in nodes if n.is_empty and n.is_whole), key=lambda n: n.node_id)
+    empty = sorted((n for n in nodes if n.is_untouched), key=lambda n: n.node_id)
     if len(empty) < count:
         return None
     return tuple(slot.device_id for node in empty[:count] for slot in node.slots)
@@ -95,7 +93,7 @@ def _preferred(fitting: Sequence[NodeView], devices: int, rung: Rung) -> NodeVie
 
     Empty ones are as good as each other, and there may be many: nothing else is asked of them.
     """
-    begun = [node for node in fitting if not (node.is_empty and node.is_whole)]
+    begun = [node for node in fitting if not node.is_untouched]
     if not begun:
         return min(fitting, key=lambda node: (node.free, node.node_id))
     return min(begun, key=lambda node: _preference(node, devices, rung))

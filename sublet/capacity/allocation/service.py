@@ -63,14 +63,14 @@ def get_book(work: Work | Connection, pool_id: str, *, now: datetime | None = No
     return _load(work, pool_id, now)[0]
 
 
-def admit(work: Work, claim: Claim) -> Admitted | Refused:
+def admit(work: Work, claim: Claim, *, with_ways_on: bool = True) -> Admitted | Refused:
     """Decide a sale and, if it is admitted, write it and pin what it displaces.
 
     What has to go at once is noticed here; the rest by `step`. The claim's start may be later than
-    asked: until then `place` answers None.
+    asked: until then `place` answers None. Without `with_ways_on` a refusal names its reason only.
     """
     book = _open(work, claim.pool_id)
-    decision = admission.admit(book, claim, now=work.now)
+    decision = admission.admit(book, claim, now=work.now, with_ways_on=with_ways_on)
     if isinstance(decision, Refused):
         return _looked_at(work.tx, claim, decision)
     displaced = [
@@ -263,7 +263,7 @@ def _restore_displaced(work: Work, gone: Claim) -> None:
             free_by=None,
             displaced_by=None,
         )
-        again = admission.admit(book, free_again, now=work.now)
+        again = admission.admit(book, free_again, now=work.now, with_ways_on=False)
         # It stays only where it is, at once, and at nobody else's cost.
         if (
             isinstance(again, Admitted)

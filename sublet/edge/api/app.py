@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import Depends, FastAPI
+from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
 from starlette.requests import Request
+from starlette.routing import Match
 
 from sublet.base.kernel.errors import Invalid
 from sublet.edge.api import errors
@@ -40,11 +42,14 @@ def create_api(deps: Deps) -> FastAPI:
     app.state.deps = deps
     app.state.metrics = metrics
     app.state.pace = Pace(deps.store.clock.now)
-    errors.install(app, lambda operation: _known_fields(deps.version).get(operation, ()))
+    errors.install(
+        app, lambda operation: _known_fields(deps.version).get(operation, ()), _methods_of
+    )
     app.add_middleware(
         Envelope,
         new_id=lambda: deps.store.ids.new("req"),
         counted=metrics.count_answer,
+        body_seconds=deps.body_seconds,
         # That strangers are not fenced off from each other has to stay visible.
         standing={"x-trusted-tenants": "true"} if deps.trusted_tenants else {},
     )
@@ -73,16 +78,27 @@ def _document(version: str) -> dict[str, Any]:
     return _routed(FastAPI, version).openapi()
 
 
+def _methods_of(request: Request) -> list[str]:
+    """What may be sent to this path, over all of its routes."""
+    found = {"OPTIONS"}
+    for route in (*request.app.routes, *(route for router in ROUTERS for route in router.routes)):
+        methods = getattr(route, "methods", None)
+        if methods and route.matches(request.scope)[0] is not Match.NONE:
+            found |= methods
+    return sorted(found | {"HEAD"} if "GET" in found else found)
+
+
 def _operation_id(route: APIRoute) -> str:
     return route.name
 
 
 async def _no_unknown_query(request: Request) -> None:
     """A misspelt query parameter is refused by name, as a misspelt field is."""
-    # It waits for nothing: `async` spares it the way through a thread.
+    # Most requests have none: `async` spares those the way through a thread.
     if not request.query_params:
         return
-    known = _known_queries(request.app.version)[request.scope["route"].name]
+    queries = await run_in_threadpool(_known_queries, request.app.version)
+    known = queries[request.scope["route"].name]
     for name in request.query_params:
         if name not in known:
             there_are = f"; there are: {', '.join(sorted(known))}" if known else ""

@@ -1,8 +1,8 @@
 """One authenticated request: who asks, what they may, how it is done once, how it is recorded.
 
-`Call.act` is the only way in which a handler changes anything. In one Work it looks for the
-answer that this Idempotency-Key already had, does the act, audits it and keeps the answer; a
-refusal rolls that Work back and is audited in one of its own.
+`Call.act` is the only way in which a handler changes anything. In one Work it asks whether the key
+may do this, looks for the answer that this Idempotency-Key already had, does the act, audits it and
+keeps the answer; a refusal rolls that Work back and is audited in one of its own.
 """
 
 from __future__ import annotations
@@ -150,6 +150,7 @@ class Call:
         action: str,
         do: Callable[[Work], M],
         *,
+        needs: tenancy.Action | None = None,
         target: str = "",
         about: str | None = None,
         status: Status[M] = 200,
@@ -161,8 +162,10 @@ class Call:
     ) -> Response:
         """Do it in one Work with its audit row and its kept answer, or not at all.
 
-        `target` names what is acted on; left out, the id of what was made. `about`: another
-        organisation, in whose audit the act belongs. `is_audited` False: the service writes
+        `needs`: what the key must be allowed to do. It is asked before the kept answer is looked
+        for, so that nobody reads the answer of an act that is not theirs; `do` asks the rest, of
+        the thing itself. `target` names what is acted on; left out, the id of what was made.
+        `about`: another organisation, in whose audit the act belongs. `is_audited` False: the service writes
         the row of a success itself. `unmet` writes down the demand that a refusal leaves behind,
         in the refusal's own Work.
         """
@@ -181,8 +184,12 @@ class Call:
                 )
             return made
 
+        # An answer may be kept for this key: it is of no use to say who may have it afterwards.
+        assert needs is not None or self.asked.idempotency_key is None, action
         scope = self.identity.project_id or self.organisation_id
         try:
+            if needs is not None:
+                self.require(needs)
             with self.deps.store.work(self.actor) as work:
                 response = once(
                     work,

@@ -29,6 +29,8 @@ class Deps:
     """Called after a change: wakes the loops."""
     trial_credit: Money | None = None
     """Granted at sign-up; None: the default by the rate card."""
+    trials_per_day: int = 20
+    """So many sign-ups in 24 hours get trial credit; those after them get none."""
     trusted_tenants: bool = False
     currency: str = "USD"
     ssh_host: str | None = None
@@ -36,6 +38,8 @@ class Deps:
     """Where the bastion listens; None: SSH is not offered."""
     loop_lag_seconds: Callable[[], Mapping[str, float]] = _no_lag
     """How late each loop is, by name, for the metrics."""
+    body_seconds: float = 20.0
+    """A request's body that is not here by then is given up."""
     follow_poll_seconds: float = 0.5
     follow_polls: int = 14_400
     """A follower of logs looks this many times and is then told to come again: two hours."""

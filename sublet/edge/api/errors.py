@@ -40,6 +40,26 @@ class MethodNotAllowed(kernel.SubletError):
     code = "method_not_allowed"
 
 
+class TooBusy(kernel.Unavailable):
+    """More requests wait here than can be served soon: send it again in a moment."""
+
+    code = "too_busy"
+
+
+class RequestInvalid(kernel.SubletError):
+    """These bytes are no HTTP/1.1 request: send one."""
+
+    status = 400
+    code = "invalid_http"
+
+
+class RequestSlow(kernel.SubletError):
+    """The request did not arrive in time and was given up: send it again, whole."""
+
+    status = 408
+    code = "request_timeout"
+
+
 class BodyInvalid(kernel.Invalid):
     """The body is not JSON in UTF-8: send an object with `content-type: application/json`."""
 
@@ -61,6 +81,8 @@ FAMILIES = (
     Family(kernel.Forbidden, 403, "permission_error"),
     Family(kernel.NotFound, 404, "not_found_error"),
     Family(MethodNotAllowed, 405, "invalid_request_error"),
+    Family(RequestInvalid, 400, "invalid_request_error"),
+    Family(RequestSlow, 408, "invalid_request_error"),
     Family(kernel.NoCapacity, 409, "capacity_error"),
     Family(kernel.Conflict, 409, "conflict_error"),
     Family(kernel.Stale, 412, "precondition_error"),
@@ -116,6 +138,9 @@ def answer(error: kernel.SubletError) -> JSONResponse:
     headers = {}
     if family.status == 401:
         headers["www-authenticate"] = "Bearer"
+    if family.status == 408:
+        # What is left of the body is not waited for.
+        headers["connection"] = "close"
     if family.status in (429, 503):
         headers["retry-after"] = str(details.get("retry_after_seconds", 1))
     return JSONResponse({"error": body}, status_code=family.status, headers=headers)
@@ -140,6 +165,53 @@ def plain(value: Any) -> Any:
     if isinstance(value, Iterable):
         return [plain(item) for item in value]
     return str(value)
+
+
+def in_words(item: Mapping[str, Any]) -> str:
+    """What would be right, of one error of validation: for people, whatever library found it."""
+    context = item.get("ctx", {})
+    kind = item["type"]
+    if kind == "string_pattern_mismatch" and context["pattern"] in rest.PATTERNS:
+        return f"must look like {rest.PATTERNS[context['pattern']]}"
+    if kind == "literal_error":
+        return "must be " + str(context["expected"]).replace("'", "`")
+    if kind in ("too_short", "string_too_short") and context["min_length"] == 1:
+        return "must not be empty"
+    if kind in ("too_short", "too_long") and isinstance(item["input"], str):
+        kind = f"string_{kind}"
+    words = _WORDS.get(kind)
+    if words is not None:
+        return words.format(**{name: _counted(value) for name, value in context.items()})
+    return str(item["msg"]).removeprefix("Value error, ").replace("Input should", "this should", 1)
+
+
+def _counted(value: Any) -> str:
+    return f"{value:_}".replace("_", " ") if isinstance(value, int) else str(value)
+
+
+_WHOLE = "must be a whole number"
+_WORDS = {
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "dict_type": "must be an object",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "int_from_float": _WHOLE,
+    "int_parsing": _WHOLE,
+    "int_parsing_size": _WHOLE + " of usual size",
+    "int_type": _WHOLE,
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "list_type": "must be a list",
+    "model_attributes_type": "must be an object",
+    "model_type": "must be an object",
+    "string_too_long": "at most {max_length} characters",
+    "string_too_short": "at least {min_length} characters",
+    "string_type": "must be a text",
+    "string_unicode": "must be a text of whole characters",
+    "too_long": "at most {max_length} items",
+    "too_short": "at least {min_length} items",
+}
 
 
 class WrongValues:
@@ -171,12 +243,18 @@ class WrongValues:
             return param, f"there is no such field{hint}"
         if item["type"] == "missing":
             return param, "this is required and was left out"
-        message = str(item["msg"]).removeprefix("Value error, ")
-        return param, message.replace("Input should be", "this should be", 1)
+        return param, in_words(item)
 
 
-def install(app: FastAPI, fields_of: Callable[[str], Sequence[str]]) -> None:
-    """Make every failure of the app answer in the one shape."""
+def install(
+    app: FastAPI,
+    fields_of: Callable[[str], Sequence[str]],
+    methods_of: Callable[[Request], Sequence[str]],
+) -> None:
+    """Make every failure of the app answer in the one shape.
+
+    `methods_of`: what may be sent to the path of a request.
+    """
     wrong_values = WrongValues(fields_of)
 
     def refused(request: Request, error: Exception) -> Response:
@@ -190,13 +268,16 @@ def install(app: FastAPI, fields_of: Callable[[str], Sequence[str]]) -> None:
         operation = getattr(request.scope.get("route"), "name", "")
         return answer(wrong_values.error(error.errors(), operation))
 
-    def http(_request: Request, error: Exception) -> Response:
+    def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         if error.status_code == 404:
             return answer(RouteNotFound())
         if error.status_code == 405:
+            headers = {"allow": ", ".join(methods_of(request))}
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=headers)
             refusal = answer(MethodNotAllowed())
-            refusal.headers.update(error.headers or {})
+            refusal.headers.update(headers)
             return refusal
         return answer(BodyInvalid(param="body"))
 

@@ -1,4 +1,4 @@
-"""Requests per minute of a key: counted in memory, by this process."""
+"""Requests per minute of a key, sign-ups of an address: counted in memory, by this process."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ from datetime import datetime, timedelta
 from sublet.base.kernel.errors import TooMany
 
 MINUTE = timedelta(minutes=1)
-KEYS_REMEMBERED = 100_000
+NAMES_REMEMBERED = 100_000
 
 
 class Pace:
-    """A window of one minute a key, opened by its first request."""
+    """A window of one minute a name, opened by its first request."""
 
     def __init__(self, now: Callable[[], datetime]) -> None:
         self._now = now
         self._lock = threading.Lock()
         self._windows: dict[str, tuple[datetime, int]] = {}
 
-    def take(self, key_id: str, per_minute: int) -> None:
-        """Count one request of the key. Raises TooMany, which counts nothing."""
+    def take(
+        self, name: str, per_minute: int, what: str = "This key may send {} requests a minute"
+    ) -> None:
+        """Count one request under that name. Raises TooMany, which counts nothing."""
         now = self._now()
         with self._lock:
-            opened, used = self._windows.get(key_id, (now, 0))
+            opened, used = self._windows.get(name, (now, 0))
             if now - opened >= MINUTE:
                 opened, used = now, 0
             if used >= per_minute:
                 left = opened + MINUTE - now
                 raise TooMany(
-                    f"This key may send {per_minute} requests a minute: wait as long as "
-                    "`retry-after` says.",
+                    f"{what.format(per_minute)}: wait as long as `retry-after` says.",
                     limit=per_minute,
                     resets_at=opened + MINUTE,
                     retry_after_seconds=max(1, -(-left // timedelta(seconds=1))),
                 )
-            if len(self._windows) >= KEYS_REMEMBERED:
+            if len(self._windows) >= NAMES_REMEMBERED:
                 self._windows = {k: w for k, w in self._windows.items() if now - w[0] < MINUTE}
-            self._windows[key_id] = (opened, used + 1)
+            self._windows[name] = (opened, used + 1)

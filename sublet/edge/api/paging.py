@@ -17,11 +17,11 @@ After = Annotated[
     Query(ge=0, le=2**63 - 1, description="The `next` of the part before; left out: the first."),
 ]
 Limit = Annotated[int, Query(ge=1, le=rest.PAGE_LIMIT, description="How many at most.")]
-Id = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:@-]{0,63}$")]
+Id = Annotated[str, Path(pattern=rest.ANY_ID)]
 OrganisationQuery = Annotated[
     str | None,
     Query(
-        pattern=r"^[a-z]{3}_[a-z0-9]{1,32}$",
+        pattern=rest.OWN_ID,
         description="For the owner: whose. Left out: the caller's own.",
     ),
 ]

@@ -37,7 +37,15 @@ from sublet.records.tenancy.model import (
     StandingChanged,
     StandingForbids,
 )
-from sublet.records.tenancy.policy import Action, Identity, may_under, require, require_devices
+from sublet.records.tenancy.policy import (
+    Action,
+    Identity,
+    KeyTerms,
+    inherited,
+    may_under,
+    require,
+    require_devices,
+)
 from sublet.records.tenancy.service import (
     authenticate,
     change_role,
@@ -46,6 +54,7 @@ from sublet.records.tenancy.service import (
     create_organisation,
     create_principal,
     create_project,
+    find_nth_last_consumer,
     find_owner,
     get_key,
     get_organisation,
@@ -76,6 +85,7 @@ __all__ = [
     "Identity",
     "Key",
     "KeyNotFound",
+    "KeyTerms",
     "LastAdmin",
     "Limits",
     "NameTaken",
@@ -103,11 +113,13 @@ __all__ = [
     "create_principal",
     "create_project",
     "find_answer",
+    "find_nth_last_consumer",
     "find_owner",
     "get_key",
     "get_organisation",
     "get_principal",
     "get_project",
+    "inherited",
     "keep_answer",
     "list_audit",
     "list_budgets",

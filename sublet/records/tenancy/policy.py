@@ -16,13 +16,16 @@ which the owner's admins read.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 
 from sublet.base.kernel.errors import Forbidden
 from sublet.base.store import Actor
 from sublet.records.tenancy.model import (
+    NO_LIMITS,
     Key,
     Limits,
     Organisation,
@@ -215,6 +218,54 @@ def require(
             "that is not bound.",
             action=action.value,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyTerms:
+    """What a new key is to be bound to; None: not bound in that way."""
+
+    project_id: str | None = None
+    role: Role | None = None
+    expires_at: datetime | None = None
+    limits: Limits = NO_LIMITS
+
+
+def inherited(maker: Identity, principal: Principal, asked: KeyTerms) -> KeyTerms:
+    """The terms of a key that `maker` makes for `principal`: what is left open is as the maker's own
+    key is.
+
+    Raises Forbidden naming the field where more is asked for than the maker's key may do itself:
+    a limited key must not make its way out of its limits.
+    """
+    own = maker.key
+    if own.project_id is not None and asked.project_id not in (None, own.project_id):
+        raise _beyond("project_id", f"this key is bound to {own.project_id}")
+    if asked.role is not None and asked.role.rank > maker.role.rank:
+        raise _beyond("role", f"this key's role is {maker.role.value}")
+    if own.expires_at is not None and (asked.expires_at or own.expires_at) > own.expires_at:
+        raise _beyond("expires_at", f"this key expires at {own.expires_at.isoformat()}")
+    limits: dict[str, int | None] = {}
+    for field in dataclasses.fields(Limits):
+        most, wanted = getattr(own.limits, field.name), getattr(asked.limits, field.name)
+        if most is not None and wanted is not None and wanted > most:
+            raise _beyond(f"limits.{field.name}", f"this key's limit is {most}")
+        limits[field.name] = most if wanted is None else wanted
+    role = asked.role
+    # A key without a role has its principal's, now and later, which may be more than the maker's.
+    if role is None and (own.role is not None or principal.role.rank > maker.role.rank):
+        role = maker.role.up_to(principal.role)
+    return KeyTerms(
+        project_id=asked.project_id or own.project_id,
+        role=role,
+        expires_at=asked.expires_at or own.expires_at,
+        limits=Limits(**limits),
+    )
+
+
+def _beyond(param: str, why: str) -> Forbidden:
+    return Forbidden(
+        f"{param}: a key makes no key that may do more than itself; {why}.", param=param
+    )
 
 
 def require_devices(identity: Identity, *, is_spot: bool, held: int, asked: int) -> None:

@@ -369,6 +369,11 @@ def list_organisations(
     return store.list_organisations(tx, after, limit)
 
 
+def find_nth_last_consumer(tx: Connection, n: int) -> Organisation | None:
+    """The consumer that came n-th last (1: the last); None: so many have not come."""
+    return store.find_nth_last_consumer(tx, n)
+
+
 def get_project(tx: Connection, project_id: str) -> Project:
     found = store.find_project(tx, store.projects.c.id == project_id)
     if found is None:

@@ -164,6 +164,13 @@ def list_organisations(tx: Connection, after: int | None, limit: int) -> list[Or
     return [_organisation(row._mapping) for row in rows]
 
 
+def find_nth_last_consumer(tx: Connection, n: int) -> Organisation | None:
+    query = sa.select(organisations).where(organisations.c.kind == OrganisationKind.CONSUMER)
+    query = query.order_by(organisations.c.seq.desc()).offset(n - 1).limit(1)
+    row = tx.execute(query).one_or_none()
+    return None if row is None else _organisation(row._mapping)
+
+
 def find_project(tx: Connection, *where: sa.ColumnElement[bool]) -> Project | None:
     row = tx.execute(sa.select(projects).where(*where)).one_or_none()
     return None if row is None else Project(**row._asdict())

@@ -20,7 +20,9 @@ from sublet.shops.compute.model import Reason, Workload
 from sublet.shops.compute.states import Step
 
 
-def admit(work: Work, workload: Workload, contract: market.Contract) -> Claim | Refused:
+def admit(
+    work: Work, workload: Workload, contract: market.Contract, *, with_ways_on: bool = True
+) -> Claim | Refused:
     """Ask for devices under the workload's contract; its hold is taken already."""
     if contract.is_first_party:
         return owner.first_party_claim(
@@ -41,7 +43,7 @@ def admit(work: Work, workload: Workload, contract: market.Contract) -> Claim | 
         claim = dataclasses.replace(
             claim, release=dataclasses.replace(claim.release, ends_at=ends_at)
         )
-    decision = allocation.admit(work, claim)
+    decision = allocation.admit(work, claim, with_ways_on=with_ways_on)
     return decision if isinstance(decision, Refused) else decision.claim
 
 
@@ -155,7 +157,7 @@ def serve(work: Work, workload: Workload) -> None:
                 reason="price",
             )
     market.rehold(work, workload.contract_id)
-    decision = admit(work, workload, contract)
+    decision = admit(work, workload, contract, with_ways_on=False)
     if isinstance(decision, Refused):
         raise refusal(decision)
     begin(work, store.get_workload(work.tx, workload.id), decision)

@@ -31,6 +31,7 @@ from sublet.shops.compute.reconcile import (
     Seen,
     Stop,
     Terminating,
+    Unpublished,
     Withdraw,
     decide,
     outcome,
@@ -138,8 +139,22 @@ def test_a_notice_whose_record_was_lost_is_not_given_twice() -> None:
 
 
 def test_a_withdrawn_notice_is_taken_back_once() -> None:
-    assert act(a_run(published_at=at(-10)), seen(Phase.RUNNING)) == (Withdraw(),)
+    called_off = a_run(t0=at(-30), notice_reason=Reason.OWNER_RECALL, published_at=at(-10))
+    assert act(called_off, seen(Phase.RUNNING, deadline_at=at(95))) == (Withdraw(),)
+    assert act(called_off, seen(Phase.RUNNING)) == (Unpublished(),)
+    assert act(a_run(), seen(Phase.RUNNING, deadline_at=at(95))) == (Withdraw(),)
     assert act(a_run(), seen(Phase.RUNNING)) == ()
+
+
+def test_sigterm_before_the_withdrawal_is_the_notices() -> None:
+    called_off = a_run(t0=at(-30), notice_reason=Reason.OWNER_RECALL, published_at=at(-10))
+    late = seen(Phase.STOPPING, term_at=at(-1), term_reason="notice")
+    assert act(called_off, late) == (Terminating(at(-1), Reason.OWNER_RECALL, at(-1)),)
+
+
+def test_a_second_notice_is_not_taken_for_the_one_that_was_called_off() -> None:
+    run = a_run(t0=at(0), term_at=at(120), notice_reason=Reason.OWNER_RECALL)
+    assert act(run, seen(Phase.RUNNING, deadline_at=at(95))) == (Publish(at(120)),)
 
 
 def test_evidence_and_runway_are_carried_on() -> None:

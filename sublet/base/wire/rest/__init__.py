@@ -13,9 +13,12 @@ from sublet.base.wire.rest.capacity import (
     Site,
 )
 from sublet.base.wire.rest.common import (
+    ANY_ID,
     BODY_LIMIT_BYTES,
+    OWN_ID,
     PAGE_DEFAULT,
     PAGE_LIMIT,
+    PATTERNS,
     Body,
     ErrorBody,
     ErrorDetail,
@@ -79,6 +82,8 @@ from sublet.base.wire.rest.people import (
     SignUp,
     SignUpCreate,
     StandingPut,
+    StoppedWorkloads,
+    StopWorkloads,
 )
 from sublet.base.wire.rest.recalls import (
     Recall,
@@ -105,9 +110,12 @@ from sublet.base.wire.rest.workloads import (
 )
 
 __all__ = [
+    "ANY_ID",
     "BODY_LIMIT_BYTES",
+    "OWN_ID",
     "PAGE_DEFAULT",
     "PAGE_LIMIT",
+    "PATTERNS",
     "AuditBooks",
     "AuditEntry",
     "Balance",
@@ -183,7 +191,9 @@ __all__ = [
     "StartCreate",
     "Statement",
     "Status",
+    "StopWorkloads",
     "Stopped",
+    "StoppedWorkloads",
     "Transfer",
     "Transition",
     "UsageLine",

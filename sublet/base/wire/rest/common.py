@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -71,6 +72,25 @@ def storable(value: Any) -> Any:
     return value
 
 
+ANY_ID = r"^[A-Za-z0-9][A-Za-z0-9_.:@-]{0,63}$"
+OWN_ID = r"^[a-z]{3}_[a-z0-9]{1,32}$"
+EMAIL = r"^[^@\s\x00-\x1f]{1,64}@[^@\s\x00-\x1f]{1,190}$"
+REFERENCE = r"^[!-~]([ -~]{0,98}[!-~])?$"
+ENV_NAME = r"^[A-Za-z_][A-Za-z0-9_]{0,127}$"
+SSH_KEY = (
+    r"^(ssh-ed25519|ssh-rsa|ecdsa-sha2-nistp(256|384|521)|sk-[a-z0-9@.-]+) [A-Za-z0-9+/=]+"
+    r"( [^\r\n\x00]*)?$"
+)
+PATTERNS: Mapping[str, str] = {
+    ANY_ID: "an id: 1 to 64 letters, digits and any of _ . : @ -, such as ins_4f2a or gpu-spot",
+    OWN_ID: "an id of this cloud, such as org_4f2a",
+    EMAIL: "name@example.org",
+    REFERENCE: "bank-2026-118: 1 to 100 printable ASCII characters",
+    ENV_NAME: "MY_NAME: letters, digits and _, not a digit first, 128 at most",
+    SSH_KEY: "a line of a .pub file, such as ssh-ed25519 AAAA… you@home",
+}
+"""Every pattern of this surface, and what a text of it looks like, for who broke it."""
+
 Instant = Annotated[datetime, BeforeValidator(_instant)]
 Flag = Annotated[bool, Strict()]
 Whole = Annotated[int, Strict()]
@@ -81,16 +101,16 @@ Micros = Annotated[int, Strict(), Field(ge=0, le=10**15)]
 PositiveMicros = Annotated[int, Strict(), Field(ge=1, le=10**15)]
 Name = Annotated[
     str,
-    BeforeValidator(text_of_one_line),
     StringConstraints(strip_whitespace=True, min_length=1, max_length=100),
+    BeforeValidator(text_of_one_line),
 ]
-Identifier = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:@-]{0,63}$")]
+Identifier = Annotated[str, StringConstraints(pattern=ANY_ID)]
 """An id as this API gives it, such as `ins_4f…`; offers have words, such as `cpu-spot`."""
 Text = Annotated[str, BeforeValidator(storable), StringConstraints(max_length=65_536)]
 Reason = Annotated[
     str,
-    BeforeValidator(text_of_one_line),
     StringConstraints(strip_whitespace=True, min_length=1, max_length=500),
+    BeforeValidator(text_of_one_line),
 ]
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, StringConstraints
 
 from sublet.base.wire.rest.common import (
+    REFERENCE,
     Body,
     Identifier,
     Instant,
@@ -45,7 +46,7 @@ class Balance(Shape):
     """At the present burn; null: nothing is metered."""
 
 
-Reference = Annotated[str, StringConstraints(pattern=r"^[!-~]([ -~]{0,98}[!-~])?$")]
+Reference = Annotated[str, StringConstraints(pattern=REFERENCE)]
 Note = Annotated[str, BeforeValidator(text_of_one_line), StringConstraints(max_length=500)]
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints
 
 from sublet.base.wire.rest.common import (
+    EMAIL,
     Body,
     Identifier,
     Instant,
@@ -22,7 +23,7 @@ Role = Literal["admin", "member", "viewer"]
 Standing = Literal["unverified", "good", "warned", "suspended", "closing"]
 Period = Literal["day", "week", "month", "lifetime"]
 ScopeKind = Literal["organisation", "project", "key"]
-Email = Annotated[str, StringConstraints(pattern=r"^[^@\s\x00-\x1f]{1,64}@[^@\s\x00-\x1f]{1,190}$")]
+Email = Annotated[str, StringConstraints(pattern=EMAIL)]
 
 
 class Organisation(Shape):
@@ -49,7 +50,7 @@ class StopWorkloads(Body):
 
 
 class StoppedWorkloads(Shape):
-    """What was ended by this; what was ending or waiting already is not among it."""
+    """All that held devices, and now ends. What waits for devices goes on waiting."""
 
     organisation_id: str
     reason: Literal["abuse", "legal_order"]
@@ -150,6 +151,8 @@ class SignUp(Shape):
     secret: str | None
     """Shown this once; a repeated request gets null there."""
     trial_credit: Money
+    note: str | None = None
+    """Why there is no trial credit where there usually is, and what to do."""
 
 
 class Me(Shape):

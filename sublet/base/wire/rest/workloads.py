@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StringConstraints, field_validator, model_validator
 
 from sublet.base.wire.rest.common import (
+    ENV_NAME,
+    SSH_KEY,
     Body,
     Count,
     Flag,
@@ -38,7 +40,7 @@ WorkloadState = Literal[
     "failed",
 ]
 Signal = Literal["SIGHUP", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGTERM", "SIGCONT"]
-EnvName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
+EnvName = Annotated[str, StringConstraints(pattern=ENV_NAME)]
 EnvValue = Annotated[str, BeforeValidator(storable), StringConstraints(max_length=32_768)]
 Env = Annotated[dict[EnvName, EnvValue], Field(max_length=256)]
 Argument = Annotated[str, BeforeValidator(storable), StringConstraints(max_length=65_536)]
@@ -48,7 +50,7 @@ SshKey = Annotated[
     StringConstraints(
         strip_whitespace=True,
         max_length=4096,
-        pattern=r"^(ssh-ed25519|ssh-rsa|ecdsa-sha2-nistp(256|384|521)|sk-[a-z0-9@.-]+) [A-Za-z0-9+/=]+( [^\r\n\x00]*)?$",
+        pattern=SSH_KEY,
     ),
 ]
 

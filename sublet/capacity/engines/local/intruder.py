@@ -206,16 +206,52 @@ def cpu(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def disk(given: dict[str, Any]) -> dict[str, Any]:
-    """Write files that are allowed one by one, and too much together."""
+    """Write files that are allowed one by one, and too much together; keep some deleted."""
+    kept = []
     for number in range(given["files"]):
-        with open(f"probe-{number}", "wb") as sink:
-            sink.write(b"x" * given["each"])
+        sink = open(f"probe-{number}", "wb", buffering=0)  # noqa: SIM115 - open to the end
+        sink.write(b"x" * given["each"])
+        kept.append(sink)
+        if number:
+            os.unlink(sink.name)
     time.sleep(given["stay"])
     return {"written": given["files"] * given["each"]}
 
 
 def outbound(given: dict[str, Any]) -> dict[str, Any]:
-    return {"network": reach_network(given["addresses"], given["abstract"])}
+    """The host as it is, then past its routes, and is there a way to what is not public?"""
+    reached = reach_network(given["addresses"], given["abstract"])
+    reached += reach_bound(given["bound"]) + find_ways(given["private"])
+    return {"network": reached}
+
+
+def reach_bound(addresses: Sequence[tuple[str, int]]) -> list[str]:
+    """From a socket bound to the way out: then Linux takes everybody for a neighbour."""
+    reached = []
+    for _, name in socket.if_nameindex():
+        for host, port in addresses if name != "lo" else ():
+            with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as peer:
+                peer.settimeout(0.5)
+                try:
+                    peer.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, name.encode())
+                    peer.connect((host, port))
+                    reached.append(f"{host}:{port} by {name}")
+                except OSError:
+                    continue
+    return reached
+
+
+def find_ways(addresses: Sequence[str]) -> list[str]:
+    """Connecting a datagram socket looks for a route and sends nothing."""
+    reached = []
+    for host in addresses:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
+            try:
+                peer.connect((host, 9))
+                reached.append("a way to " + host)
+            except OSError:
+                continue
+    return reached
 
 
 def victim(given: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ and are ended and wiped whatever happens. Nothing is sent to any address but thi
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import os
 import socket
@@ -22,8 +23,8 @@ from typing import Any
 
 from sublet.base.kernel.clock import Clock
 from sublet.base.kernel.ids import SystemIds
-from sublet.capacity.engines.local.planning import PYTHON, host_addresses
-from sublet.capacity.engines.local.supervise import records, usage
+from sublet.capacity.engines.local.planning import PYTHON
+from sublet.capacity.engines.local.supervise import addresses, records, usage
 from sublet.capacity.engines.local.supervise.sandbox import CONTROL_NODES
 from sublet.capacity.engines.port import Engine, Observation, Phase, StartSpec, SubletError
 
@@ -37,6 +38,7 @@ _HARMLESS = {"null", "zero", "full", "random", "urandom", "tty", "ptmx"}
 _TOUCHY = ("watchdog", "st", "nst", "ipmi", "mei")
 """Opening one of these does something, so a probe leaves it alone."""
 _MOST_NODES = 300
+_MOST_ADDRESSES = 16
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,22 @@ def _start_all(party: _Party, host: Host, outbound: str) -> None:
     }
     party.start("walls", given)
     if outbound != "none":
-        reachable = [here, *([address, host.port] for address in host_addresses())]
-        if outbound == "slirp4netns":
-            reachable.append(["10.0.2.2", host.port])  # where it would have the host's loopback
-        party.start("outbound", {"addresses": reachable, **net}, outbound=True)
+        own = [network.partition("/")[0] for network in addresses.of_host()][:_MOST_ADDRESSES]
+        # The last is where slirp4netns would have the host's loopback.
+        reachable = [[address, host.port] for address in (*own, "198.51.100.2")]
+        given = {
+            "addresses": [here, *reachable],
+            "bound": reachable,
+            "private": _one_of_each(addresses.NOT_PUBLIC),
+            **net,
+        }
+        party.start("outbound", given, outbound=True)
+
+
+def _one_of_each(networks: Sequence[str]) -> list[str]:
+    """An address of each network but the loopback's: what is asked is only whether a way leads."""
+    parsed = map(ipaddress.IPv4Network, networks)
+    return [str(network[-2]) for network in parsed if not network.is_loopback]
 
 
 class _Party:

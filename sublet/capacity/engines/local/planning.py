@@ -7,14 +7,11 @@ a way out. A plan then says it all in plain values, so that the supervisor decid
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import os
 import re
 import shutil
 import signal
-import socket
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +19,7 @@ from typing import Literal
 from sublet.base.kernel.clock import Clock
 from sublet.base.kernel.interval import micros_since_epoch
 from sublet.capacity.engines.local.hardware import Hardware
-from sublet.capacity.engines.local.supervise import cgroups, netns, records, seccomp
+from sublet.capacity.engines.local.supervise import addresses, cgroups, records, seccomp
 from sublet.capacity.engines.port import StartRefused, StartSpec
 
 PYTHON = "/usr/bin/python3"
@@ -30,7 +27,6 @@ PYTHON = "/usr/bin/python3"
 LEAST_MEMORY_BYTES = 48 << 20
 """The init inside takes some 12 MiB of it."""
 BUBBLEWRAP_REMEDY = "apt-get install bubblewrap"
-_SIOCGIFADDR = 0x8915
 _HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}")
 _TUNNEL = "/dev/net/tun"
 
@@ -175,7 +171,7 @@ class Rules:
             own_network=self.rung == "sandbox" and "netns" not in self.without,
             seccomp=self.rung == "sandbox" and self.has_seccomp,
             outbound=self.outbound if spec.outbound else "none",
-            blocked_routes=[*netns.LOCAL_ROUTES, *host_addresses()] if spec.outbound else [],
+            blocked_routes=list(addresses.NOT_PUBLIC) if spec.outbound else [],
             python=PYTHON,
         )
 
@@ -192,19 +188,3 @@ def _way_out(without: frozenset[str]) -> Outbound:
     if shutil.which("slirp4netns"):
         return "slirp4netns"
     return "none"
-
-
-def host_addresses() -> list[str]:
-    """Every IPv4 address of this machine: what listens on them is not for workloads."""
-    found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as channel:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            try:
-                answer = fcntl.ioctl(channel.fileno(), _SIOCGIFADDR, request)
-            except OSError:
-                continue  # an interface without an address
-            address = socket.inet_ntoa(answer[20:24])
-            if not address.startswith("127."):
-                found.append(f"{address}/32")
-    return found

@@ -182,7 +182,10 @@ def _way_out(rules: Rules, out: Outcome | None) -> str:
         return "its own loopback only"
     if out.answer is None:
         return f"{rules.outbound} opened no way out: {out.failure}"
-    return f"the host's addresses are not reached through {rules.outbound}"
+    return (
+        f"outbound is the public internet only: neither the host's addresses nor private networks "
+        f"are reached through {rules.outbound}"
+    )
 
 
 def _cpu(outcome: Outcome, rules: Rules, cpus_each: float) -> Fence:
@@ -221,8 +224,8 @@ def _disk(outcome: Outcome) -> Fence:
     if outcome.seen is not None and outcome.seen.term_reason == "disk":
         return _fence(
             "watched",
-            "the supervisor's count of home and scratch, and a reserve",
-            "ended after writing past its limit",
+            "the supervisor's count of home, scratch and deleted files held open, and a reserve",
+            "ended after writing past its limit, most of it into deleted files",
             "a volume of its own for the data folder",
         )
     return _fence("none", "nothing", "wrote past its limit and was not ended", "see the log")

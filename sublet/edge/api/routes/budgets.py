@@ -21,7 +21,7 @@ from sublet.records.tenancy import Action, ScopeKind
 
 router = APIRouter(prefix="/v1", tags=["people"], responses=declared())
 
-ScopeQuery = Annotated[str | None, Query(pattern=r"^[a-z]{3}_[a-z0-9]{1,32}$")]
+ScopeQuery = Annotated[str | None, Query(pattern=rest.OWN_ID)]
 
 
 @router.get("/budgets")
@@ -75,7 +75,7 @@ def set_budget(call: Caller, body: rest.BudgetPut) -> Response:
 def clear_budget(
     call: Caller,
     scope_kind: Annotated[Literal["organisation", "project", "key"], Query()],
-    scope_id: Annotated[str, Query(pattern=r"^[a-z]{3}_[a-z0-9]{1,32}$")],
+    scope_id: Annotated[str, Query(pattern=rest.OWN_ID)],
     period: Annotated[Literal["day", "week", "month", "lifetime"], Query()],
 ) -> Response:
     """No cap any more for that scope and period."""

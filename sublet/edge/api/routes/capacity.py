@@ -22,12 +22,8 @@ from sublet.shops import compute
 
 router = APIRouter(prefix="/v1", tags=["capacity"], responses=declared())
 
-PoolQuery = Annotated[
-    str | None, Query(pattern=r"^[a-z]{3}_[a-z0-9]{1,32}$", description="Of this pool only.")
-]
-NodeQuery = Annotated[
-    str | None, Query(pattern=r"^[a-z]{3}_[a-z0-9]{1,32}$", description="On this node only.")
-]
+PoolQuery = Annotated[str | None, Query(pattern=rest.OWN_ID, description="Of this pool only.")]
+NodeQuery = Annotated[str | None, Query(pattern=rest.OWN_ID, description="On this node only.")]
 
 
 @router.get("/sites")
@@ -114,12 +110,18 @@ def _cordon(
     break_notice: bool,
 ) -> Response:
     def do(work: Work) -> rest.Node:
-        call.require(Action.ADMINISTER_FLEET)
         compute.cordon(work, call.identity, node_id, mode, break_notice)
         return show.node(work.tx, fleet.get_node(work.tx, node_id))
 
     detail = {"mode": mode, "break_notice": break_notice}
-    return call.act("cordon_node", do, target=node_id, detail=detail, headers=versioned)
+    return call.act(
+        "cordon_node",
+        do,
+        needs=Action.ADMINISTER_FLEET,
+        target=node_id,
+        detail=detail,
+        headers=versioned,
+    )
 
 
 @router.post("/nodes/{node_id}/uncordon", response_model=rest.Node, responses=declared(409))
@@ -129,7 +131,9 @@ def uncordon_node(call: Poster, node_id: Id) -> Response:
     def do(work: Work) -> rest.Node:
         return show.node(work.tx, compute.uncordon(work, call.identity, node_id))
 
-    return call.act("uncordon_node", do, target=node_id, headers=versioned)
+    return call.act(
+        "uncordon_node", do, needs=Action.ADMINISTER_FLEET, target=node_id, headers=versioned
+    )
 
 
 @router.get("/devices")

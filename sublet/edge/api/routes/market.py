@@ -23,9 +23,7 @@ from sublet.rights import market
 
 router = APIRouter(prefix="/v1", tags=["market"], responses=declared())
 
-PoolQuery = Annotated[
-    str | None, Query(pattern=r"^[a-z]{3}_[a-z0-9]{1,32}$", description="Of this pool only.")
-]
+PoolQuery = Annotated[str | None, Query(pattern=rest.OWN_ID, description="Of this pool only.")]
 
 
 @router.get("/offers")
@@ -141,7 +139,7 @@ def create_quote(call: Poster, body: rest.QuoteCreate) -> Response:
     def do(work: Work) -> rest.Quote:
         return show.quote(quoted(call, work, body))
 
-    return call.act("create_quote", do, status=201)
+    return call.act("create_quote", do, needs=Action.RENT, status=201)
 
 
 def quoted(call: Call, work: Work, terms: rest.QuoteCreate) -> market.Quote:

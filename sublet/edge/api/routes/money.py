@@ -146,7 +146,6 @@ def grant_credit(call: Poster, body: rest.CreditCreate) -> Response:
     """The owner gives credit; once a reference. It makes an unverified organisation good."""
 
     def do(work: Work) -> rest.Transfer:
-        call.require(Action.ADMINISTER_ORGANISATIONS)
         amount = Money(body.amount_micros, call.deps.currency)
         return show.transfer(
             billing.grant(
@@ -159,7 +158,14 @@ def grant_credit(call: Poster, body: rest.CreditCreate) -> Response:
         )
 
     detail = {"amount_micros": body.amount_micros, "reference": body.reference}
-    return call.act("grant_credit", do, status=201, about=body.organisation_id, detail=detail)
+    return call.act(
+        "grant_credit",
+        do,
+        needs=Action.ADMINISTER_ORGANISATIONS,
+        status=201,
+        about=body.organisation_id,
+        detail=detail,
+    )
 
 
 @router.post("/payments", status_code=201, response_model=rest.Transfer, responses=declared(409))
@@ -167,7 +173,6 @@ def record_payment(call: Poster, body: rest.PaymentCreate) -> Response:
     """The owner records money that came in; once a reference."""
 
     def do(work: Work) -> rest.Transfer:
-        call.require(Action.ADMINISTER_ORGANISATIONS)
         amount = Money(body.amount_micros, call.deps.currency)
         return show.transfer(
             billing.record_payment(
@@ -180,7 +185,14 @@ def record_payment(call: Poster, body: rest.PaymentCreate) -> Response:
         )
 
     detail = {"amount_micros": body.amount_micros, "reference": body.reference}
-    return call.act("record_payment", do, status=201, about=body.organisation_id, detail=detail)
+    return call.act(
+        "record_payment",
+        do,
+        needs=Action.ADMINISTER_ORGANISATIONS,
+        status=201,
+        about=body.organisation_id,
+        detail=detail,
+    )
 
 
 @router.get("/transfers")

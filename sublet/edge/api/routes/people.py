@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from sublet.base.kernel.errors import Invalid
 from sublet.base.store import Work
 from sublet.base.wire import rest
 from sublet.edge.api.call import Caller, Poster, versioned
@@ -14,10 +15,13 @@ from sublet.edge.api.show import people as show
 from sublet.edge.api.versions import Expected, demand, show_version
 from sublet.records import ledger, tenancy
 from sublet.records.tenancy import Action
+from sublet.shops import compute
 
 router = APIRouter(prefix="/v1", tags=["people"], responses=declared())
 
 CHANGES = declared(409, 412, 428)
+PAGE = 500
+PAGES = 200
 
 
 @router.get("/me")
@@ -88,13 +92,54 @@ def set_standing(
     )
 
 
+@router.post(
+    "/organisations/{organisation_id}/stop-workloads",
+    response_model=rest.StoppedWorkloads,
+)
+def stop_workloads(call: Poster, organisation_id: Id, body: rest.StopWorkloads) -> Response:
+    """The owner ends at once all that runs for a consumer. Suspend it first, or it starts anew."""
+
+    def do(work: Work) -> rest.StoppedWorkloads:
+        if tenancy.get_organisation(work.tx, organisation_id).id == call.organisation_id:
+            raise Invalid("Your own workloads are stopped one by one.", param="organisation_id")
+        ended = [
+            compute.stop_for(work, one.id, body.reason).id for one in _live(work, organisation_id)
+        ]
+        return rest.StoppedWorkloads(
+            organisation_id=organisation_id, reason=body.reason, workload_ids=ended
+        )
+
+    return call.act(
+        "stop_workloads",
+        do,
+        needs=Action.ADMINISTER_ORGANISATIONS,
+        target=organisation_id,
+        about=organisation_id,
+        detail={"reason": body.reason},
+    )
+
+
+def _live(work: Work, organisation_id: str) -> list[compute.Workload]:
+    """All that holds devices. Read whole before any is ended: ending one moves it on."""
+    found: list[compute.Workload] = []
+    after: int | None = None
+    for _ in range(PAGES):
+        part = compute.list_workloads(
+            work.tx, organisation_id=organisation_id, states=compute.LIVE, after=after, limit=PAGE
+        )
+        found += part
+        if len(part) < PAGE:
+            break
+        after = part[-1].seq
+    return found
+
+
 @router.post("/projects", status_code=201, response_model=rest.Project, responses=declared(409))
 def create_project(call: Poster, body: rest.ProjectCreate) -> Response:
     def do(work: Work) -> rest.Project:
-        call.require(Action.MANAGE_PROJECTS)
         return show.project(tenancy.create_project(work, call.organisation_id, body.name))
 
-    return call.act("create_project", do, status=201)
+    return call.act("create_project", do, needs=Action.MANAGE_PROJECTS, status=201)
 
 
 @router.get("/projects")
@@ -125,7 +170,6 @@ def create_principal(call: Poster, body: rest.PrincipalCreate) -> Response:
     """A user or a service account of the caller's organisation."""
 
     def do(work: Work) -> rest.Principal:
-        call.require(Action.MANAGE_MEMBERS)
         return show.principal(
             tenancy.create_principal(
                 work,
@@ -137,7 +181,9 @@ def create_principal(call: Poster, body: rest.PrincipalCreate) -> Response:
             )
         )
 
-    return call.act("create_principal", do, status=201, headers=versioned)
+    return call.act(
+        "create_principal", do, needs=Action.MANAGE_MEMBERS, status=201, headers=versioned
+    )
 
 
 @router.get("/principals")
@@ -195,30 +241,42 @@ def remove_principal(call: Caller, principal_id: Id) -> Response:
 
 @router.post("/keys", status_code=201, response_model=rest.KeyCreated, responses=declared(409))
 def create_key(call: Poster, body: rest.KeyCreate) -> Response:
-    """A new key. Its secret is shown in this answer and never again."""
+    """A new key, which may do at most what the key that makes it may do: it has that one's limits,
+    end and project where the body names none. Its secret is shown in this answer and never again.
+    """
 
     def do(work: Work) -> rest.KeyCreated:
-        call.require(Action.MANAGE_KEYS)
         principal_id = body.principal_id or call.identity.principal.id
         principal = tenancy.get_principal(work.tx, principal_id)
         call.require(Action.MANAGE_KEYS, of=principal, missing=tenancy.PrincipalNotFound)
+        terms = tenancy.inherited(
+            call.identity,
+            principal,
+            tenancy.KeyTerms(
+                project_id=body.project_id,
+                role=None if body.role is None else tenancy.Role(body.role),
+                expires_at=body.expires_at,
+                limits=tenancy.Limits(
+                    max_devices=body.limits.max_devices,
+                    requests_per_minute=body.limits.requests_per_minute,
+                ),
+            ),
+        )
         key, secret = tenancy.create_key(
             work,
             principal_id,
             name=body.name,
-            project_id=body.project_id,
-            role=body.role,
-            expires_at=body.expires_at,
-            limits=tenancy.Limits(
-                max_devices=body.limits.max_devices,
-                requests_per_minute=body.limits.requests_per_minute,
-            ),
+            project_id=terms.project_id,
+            role=terms.role,
+            expires_at=terms.expires_at,
+            limits=terms.limits,
         )
         return rest.KeyCreated(id=key.id, key=show.key(key), secret=secret)
 
     return call.act(
         "create_key",
         do,
+        needs=Action.MANAGE_KEYS,
         status=201,
         keep=lambda made: made.model_copy(update={"secret": None}),
     )

@@ -25,7 +25,6 @@ def plan_recall(call: Poster, body: rest.RecallCreate) -> Response:
     """A plan, before anything happens: which rows, whose notices, at what cost, what is short."""
 
     def do(work: Work) -> rest.Recall:
-        call.require(Action.RECALL)
         found = owner.plan_recall(
             work,
             call.identity,
@@ -37,7 +36,7 @@ def plan_recall(call: Poster, body: rest.RecallCreate) -> Response:
         )
         return show.recall(found, call.deps.currency)
 
-    return call.act("plan_recall", do, status=201, headers=versioned)
+    return call.act("plan_recall", do, needs=Action.RECALL, status=201, headers=versioned)
 
 
 @router.get("/recalls")
@@ -96,10 +95,9 @@ def _recall_act(
     call: Call, action: str, recall_id: str, do: Callable[[Work], owner.Recall]
 ) -> Response:
     def done(work: Work) -> rest.Recall:
-        call.require(Action.RECALL)
         return show.recall(do(work), call.deps.currency)
 
-    return call.act(action, done, target=recall_id, headers=versioned)
+    return call.act(action, done, needs=Action.RECALL, target=recall_id, headers=versioned)
 
 
 @router.get("/shortfalls")

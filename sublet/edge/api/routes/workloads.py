@@ -35,7 +35,7 @@ from sublet.shops import compute
 from sublet.shops.compute.model import Kind
 
 ProjectQuery = Annotated[
-    str | None, Query(pattern=r"^[a-z]{3}_[a-z0-9]{1,32}$", description="Of this project only.")
+    str | None, Query(pattern=rest.OWN_ID, description="Of this project only.")
 ]
 StateQuery = Annotated[rest.WorkloadState | None, Query(description="In this state only.")]
 Offset = Annotated[int, Query(ge=0, le=2**62, description="Where to begin, in bytes.")]
@@ -229,6 +229,7 @@ def _rent(
         return call.act(
             f"create_{kind}",
             do,
+            needs=Action.RENT,
             status=lambda made: 202 if made.state == "awaiting_capacity" else 201,
             headers=versioned,
             unmet=lambda work, refusal: _note_unmet(call, work, body, refusal),
@@ -325,6 +326,7 @@ def start_instance(call: Poster, workload_id: Id, body: rest.StartCreate | None 
     return call.act(
         "start_instance",
         do,
+        needs=Action.RENT,
         target=workload_id,
         status=lambda made: 202 if made.state == "awaiting_capacity" else 200,
         headers=versioned,
@@ -344,7 +346,7 @@ def stop_instance(call: Poster, workload_id: Id) -> Response:
             explanation=told.explanation,
         )
 
-    return call.act("stop_instance", do, target=workload_id)
+    return call.act("stop_instance", do, needs=Action.STOP, target=workload_id)
 
 
 @instances.post("/{workload_id}/terminate", response_model=rest.Workload, responses=declared(409))
@@ -370,7 +372,7 @@ def _ended(
         mine(call, work.tx, kind, workload_id, Action.STOP)
         return _shown(call, work.tx, end(work, call.identity, workload_id))
 
-    return call.act(action, do, target=workload_id, headers=versioned)
+    return call.act(action, do, needs=Action.STOP, target=workload_id, headers=versioned)
 
 
 class TooManyCommands(TooMany):

@@ -26,8 +26,9 @@ _MOST_PEERS = 256
 
 
 class _Peer:
-    def __init__(self, channel: socket.socket) -> None:
+    def __init__(self, channel: socket.socket, pid: int) -> None:
         self.channel = channel
+        self.pid = pid
         self.spawned: int | None = None
         self.is_open = True
 
@@ -59,12 +60,12 @@ class ControlServer:
         except OSError:
             return
         credentials = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        _, uid, _ = struct.unpack("iII", credentials)
+        pid, uid, _ = struct.unpack("iII", credentials)
         if uid not in (0, os.geteuid()) or len(self._peers) >= _MOST_PEERS:
             channel.close()
             return
         channel.setblocking(False)
-        peer = _Peer(channel)
+        peer = _Peer(channel, pid)
         self._peers.add(peer)
         self._loop.watch(channel, lambda _events: self._receive(peer))
 
@@ -116,6 +117,12 @@ class ControlServer:
         except OSError:
             self._close(peer)  # it does not read: it will notice, and ask again
 
+    def _hand_out(self, peer: _Peer, answer: dict[str, Any], fds: list[int]) -> None:
+        """Files that are held outside still count as the run's when they have been deleted."""
+        for fd in fds:
+            self._supervisor.disk.handed.add(fd, peer.pid)
+        self._answer(peer, answer, fds)
+
     # -- orders
 
     def _obey(self, peer: _Peer, request: dict[str, Any], fds: list[int]) -> None:
@@ -151,7 +158,7 @@ class ControlServer:
         elif op in ("file", "connect"):
             self._must_be("running", "stopping")
             inner = {key: value for key, value in request.items() if key != "v"}
-            supervisor.ask(inner, lambda answer, out: self._answer(peer, answer, out))
+            supervisor.ask(inner, lambda answer, out: self._hand_out(peer, answer, out))
         else:
             raise Refused("unknown order")
 

@@ -3,8 +3,7 @@
 The child enters the namespace from outside, where the owner of a user namespace has every power
 over it, so that nothing inside ever needs a capability. It gives the loopback the address that
 clouds have taught everyone to ask for metadata, opens the listening socket there and hands it out;
-and it refuses routes to the host's own addresses and to link-local ones, where other people's
-metadata services live.
+and it closes the doors of a way out: routes, and who may be spoken to on its link.
 """
 
 from __future__ import annotations
@@ -15,19 +14,21 @@ import ipaddress
 import os
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from . import wire
 from .sandbox import die_with, libc
 
 METADATA_ADDRESS = "169.254.169.254"
-LOCAL_ROUTES = ("169.254.0.0/16",)
 _ENTER_SECONDS = 3.0
 _NEWUSER, _NEWNET = 0x10000000, 0x40000000
 _GET_USERNS = 0xB701
-_NEWADDR, _NEWROUTE = 20, 24
+_NEWADDR, _NEWROUTE, _NEWNEIGH, _SETNEIGHTBL = 20, 24, 28, 67
 _REQUEST_ACK_CREATE_REPLACE = 0x1 | 0x4 | 0x400 | 0x100
 _UNREACHABLE, _MAIN_TABLE, _STATIC = 7, 254, 4
+_PERMANENT = 0x80
+_TABLE_NAME, _TABLE_PARAMETERS = 1, 6
+_DEVICE_INDEX, _PROBES = 1, (9, 10, 11)  # by a program, to one, to all
 
 
 def inside(
@@ -96,6 +97,24 @@ def refuse_routes(pid: int, routes: Sequence[str]) -> None:
     inside(pid, work)
 
 
+def fix_neighbours(pid: int, device: str, known: Mapping[str, bytes]) -> None:
+    """Only these addresses can ever be the next hop on a link. Raises OSError.
+
+    Routes alone hold nobody: for a socket bound to a device (SO_BINDTODEVICE, IP_PKTINFO, which
+    take no power) Linux answers "no route" with "then it must be on this link", and asks the
+    link for the address itself. Here it does not get to ask.
+    """
+
+    def work() -> tuple[dict[str, object], Sequence[int]]:
+        index = socket.if_nametoindex(device)
+        for address, hardware in known.items():
+            add_neighbour(index, address, hardware)
+        stop_asking(index)
+        return {}, []
+
+    inside(pid, work)
+
+
 def listen(address: str, port: int) -> socket.socket:
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -118,6 +137,20 @@ def add_unreachable(network: str) -> None:
         "=BBBBBBBBI", family, parsed.prefixlen, 0, 0, _MAIN_TABLE, _STATIC, 0, _UNREACHABLE, 0
     )
     _ask_kernel(_NEWROUTE, header + _attribute(1, parsed.network_address.packed))
+
+
+def add_neighbour(index: int, address: str, hardware: bytes) -> None:
+    header = struct.pack("=BBHiHBB", socket.AF_INET, 0, 0, index, _PERMANENT, 0, 0)
+    body = header + _attribute(1, socket.inet_aton(address)) + _attribute(2, hardware)
+    _ask_kernel(_NEWNEIGH, body)
+
+
+def stop_asking(index: int) -> None:
+    """No question who has an address, so nobody but known neighbours is found."""
+    none = b"".join(_attribute(kind, struct.pack("=I", 0)) for kind in _PROBES)
+    parameters = _attribute(_DEVICE_INDEX, struct.pack("=I", index)) + none
+    table = _attribute(_TABLE_NAME, b"arp_cache\0") + _attribute(_TABLE_PARAMETERS, parameters)
+    _ask_kernel(_SETNEIGHTBL, struct.pack("=BBH", socket.AF_INET, 0, 0) + table)
 
 
 def owner_of_network(pid: int) -> int:

@@ -97,6 +97,7 @@ class Plan:
     outbound: str
     """`pasta`, `slirp4netns` or `none`."""
     blocked_routes: list[str]
+    """Networks that the way out does not lead to, beside the host's own addresses."""
     python: str
     v: int = PROTOCOL
 

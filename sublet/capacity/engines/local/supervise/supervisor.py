@@ -13,7 +13,7 @@ import signal
 from collections.abc import Container, Sequence
 from typing import Any
 
-from . import cgroups, netns, outbound, records, sandbox, usage
+from . import cgroups, disk, netns, outbound, records, sandbox, usage
 from .control import ControlServer
 from .inner import Answered, Exited, Inner
 from .logs import LogPump, LogWriter
@@ -27,6 +27,7 @@ _HELLO_NS = 15 * SECOND
 _ROUTE_NS = 8 * SECOND
 _TERM_ACK_NS = SECOND
 _MEMORY_GRACE_SECONDS = 5
+_FULL_GRACE_SECONDS = 5
 _MOST_FAULTS = 100
 _KILLED = 128 + signal.SIGKILL
 _TERMINATED = 128 + signal.SIGTERM
@@ -52,7 +53,7 @@ class Supervisor:
         self.log = LogPump(self.loop, LogWriter(folder, plan.log_bytes))
         self.evidence = records.open_evidence(folder)
         self.meter = usage.Meter(plan, [])
-        self.disk = usage.DiskWatch(plan, folder)
+        self.disk = disk.DiskWatch(plan, folder)
         self.is_saved = False
         records.write_state(folder, self.run.state)
         self.control = ControlServer(self, folder)
@@ -67,6 +68,7 @@ class Supervisor:
         self.watched: dict[int, int] = {}
         """Descriptor → pid of what must be seen gone: bubblewrap, and the init inside."""
         self.network_pid: int | None = None
+        self.doors: outbound.Doors | None = None
         self.metadata: MetadataServer | None = None
         self.exit_code: int | None = None
         self.failure: str | None = None
@@ -131,6 +133,8 @@ class Supervisor:
             self.terminate(CONTROL_LOST, self.plan.stop_grace_seconds)
         if self.metadata is not None:
             self.metadata.expire()
+        if self.doors is not None and self._runs():
+            self.loop.guard(self.doors.look, now, self.log.say)
         self._look_for_oom()
         used = self.meter.memory_bytes
         if used > self.plan.memory_bytes and not self.meter.is_enforced and self._runs():
@@ -149,12 +153,15 @@ class Supervisor:
             self.log.say(f"the kernel ended a process: {allowed} bytes of memory are allowed")
 
     def _watch_disk(self) -> None:
-        warning = self.disk.step()
+        warning = self.disk.step(self.init_pid)
         if warning is not None:
             self.log.say(warning)
         if self.disk.excess is not None and self._runs():
             self.log.say(f"ended: {self.disk.excess}")
             self.terminate("disk", self.plan.stop_grace_seconds)
+        if self.disk.emergency is not None and not self.killed:
+            self.log.say(f"ended: {self.disk.emergency}")
+            self.terminate("disk", min(self.plan.stop_grace_seconds, _FULL_GRACE_SECONDS))
 
     def _runs(self) -> bool:
         return self.run.state.phase == "running" and not self.killed
@@ -267,12 +274,12 @@ class Supervisor:
     def _await_route(self, now: int) -> None:
         assert self.init_pid is not None
         assert self.route_by_ns is not None
-        if outbound.is_ready(self.init_pid):
+        if self.network_pid is not None and outbound.is_ready(self.init_pid):
             self.route_by_ns = None
             try:
-                outbound.close_doors(self.plan, self.init_pid)
+                self.doors = outbound.Doors(self.plan, self.init_pid, self.network_pid)
             except OSError as error:
-                self.fail(f"the host's own addresses could not be closed off: {error}")
+                self.fail(f"what is not public could not be closed off: {error}")
             else:
                 self._begin()
         elif now >= self.route_by_ns or self.network_pid is None:

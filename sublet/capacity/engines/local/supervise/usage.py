@@ -1,33 +1,20 @@
-"""What a run uses: CPU time, memory and disk, counted from outside.
+"""What a run uses: CPU time and memory, counted from outside.
 
 Where a cgroup counts, it is asked. Else the tree of processes below the run's first one is summed
 from /proc: living processes carry what they and their waited-for children used, and the figure
-never goes down, so only a child whose parent refuses to wait for it is lost. Disk is counted by
-walking home and scratch a few hundred entries at a time, between everything else.
+never goes down, so only a child whose parent refuses to wait for it is lost.
 """
 
 from __future__ import annotations
 
 import os
-import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import cgroups
-from .records import Plan, boot_ns
+from .records import Plan
 
 _TICK_MS = 1000 // os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-_BATCH = 256
-_DEEPEST = 200
-"""Levels of folders that are counted; each takes two descriptors while it is looked at."""
-_LEAST_FILES = 100_000
-_EVERY_NS = 1_000_000_000
-_SLICE_NS = 20_000_000
-_BETWEEN_SLICES_NS = 9 * _SLICE_NS
-_REST = 20
-"""Times as long as a count took is the rest before the next."""
-_MOST_LINKED = 100_000
 
 
 @dataclass(frozen=True)
@@ -170,147 +157,3 @@ class Meter:
                 continue
             used += (found.f_blocks - found.f_bfree) * found.f_frsize
         return used
-
-
-class DiskSweep:
-    """Counts what lies in some folders, in slices, over and over.
-
-    The folders belong to a tenant who may change them meanwhile, so every step goes by
-    descriptor and follows no link.
-    """
-
-    def __init__(self, folders: list[str]) -> None:
-        self._folders = folders
-        self._walk: Iterator[None] | None = None
-        self._bytes = self._entries = 0
-        self._linked: set[tuple[int, int]] = set()
-        self._is_deep = False
-        self.disk_bytes = 0
-        self.entries = 0
-        self.is_too_deep = False
-        """Something lies deeper than is counted."""
-
-    def slice(self) -> bool:
-        """Do a bounded piece of work; True when a count is complete and the figures are new."""
-        if self._walk is None:
-            self._bytes = self._entries = 0
-            self._linked = set()
-            self._is_deep = False
-            self._walk = self._all()
-        for _ in self._walk:
-            return False
-        self._walk = None
-        self.disk_bytes, self.entries = self._bytes, self._entries
-        self.is_too_deep = self._is_deep
-        return True
-
-    def _all(self) -> Iterator[None]:
-        for folder in self._folders:
-            try:
-                fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            except OSError:
-                continue
-            yield from self._below(fd, 0)
-
-    def _below(self, fd: int, depth: int) -> Iterator[None]:
-        try:
-            with os.scandir(fd) as entries:
-                for entry in entries:
-                    self._entries += 1
-                    if self._entries % _BATCH == 0:
-                        yield
-                    try:
-                        found = os.stat(entry.name, dir_fd=fd, follow_symlinks=False)
-                    except OSError:
-                        continue
-                    self._count(found)
-                    if stat.S_ISDIR(found.st_mode):
-                        if depth >= _DEEPEST:
-                            self._is_deep = True
-                            continue
-                        try:
-                            child = os.open(
-                                entry.name,
-                                os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC,
-                                dir_fd=fd,
-                            )
-                        except OSError:
-                            continue
-                        yield from self._below(child, depth + 1)
-        except OSError:
-            return
-        finally:
-            os.close(fd)
-
-    def _count(self, found: os.stat_result) -> None:
-        if found.st_nlink > 1 and not stat.S_ISDIR(found.st_mode):
-            key = (found.st_dev, found.st_ino)
-            if key in self._linked:
-                return
-            if len(self._linked) < _MOST_LINKED:
-                self._linked.add(key)
-        self._bytes += found.st_blocks * 512
-
-
-class DiskWatch:
-    """Holds a run's home and scratch to its limit, with a tenth of one CPU at most."""
-
-    def __init__(self, plan: Plan, folder: str) -> None:
-        self._plan = plan
-        self._folder = folder
-        self._sweep = DiskSweep([plan.home, plan.scratch])
-        self._began_ns: int | None = None
-        self._is_warned = False
-        self.next_ns = 0
-        self.excess: str | None = None
-        """What is over the limit, if anything is."""
-
-    @property
-    def disk_bytes(self) -> int:
-        return self._sweep.disk_bytes
-
-    def step(self) -> str | None:
-        """Count on for a moment; returns what the tenant should be warned of, once."""
-        now = boot_ns()
-        self.next_ns = now + _EVERY_NS
-        if self._began_ns is None:
-            self._began_ns = now
-        stop = now + _SLICE_NS
-        while not self._sweep.slice():
-            now = boot_ns()
-            if now >= stop:
-                self.next_ns = now + _BETWEEN_SLICES_NS
-                return None
-        now = boot_ns()
-        self.next_ns = now + max(_EVERY_NS, _REST * (now - self._began_ns))
-        self._began_ns = None
-        self._compare()
-        return self._warning()
-
-    def _compare(self) -> None:
-        """Files count as well as bytes: they take the volume's inodes."""
-        plan, used, entries = self._plan, self._sweep.disk_bytes, self._sweep.entries
-        files = max(_LEAST_FILES, plan.disk_bytes // 4096)
-        if used > plan.disk_bytes:
-            self.excess = f"{used} bytes on disk, {plan.disk_bytes} are allowed"
-        elif entries > files:
-            self.excess = f"{entries} files, {files} are allowed"
-        elif self._sweep.is_too_deep:
-            self.excess = f"folders in folders, {_DEEPEST} levels are allowed"
-        else:
-            self.excess = None
-
-    def _warning(self) -> str | None:
-        try:
-            volume = os.statvfs(self._folder)
-        except OSError:
-            return None
-        is_short = volume.f_bavail * volume.f_frsize < self._plan.disk_reserve_bytes
-        is_over = self._sweep.disk_bytes > self._plan.disk_share_bytes
-        was_warned, self._is_warned = self._is_warned, is_short and is_over
-        if not self._is_warned or was_warned:
-            return None
-        return (
-            f"the disk is nearly full, and {self._sweep.disk_bytes} bytes are more than "
-            f"this run's share of it, {self._plan.disk_share_bytes}: delete what is not needed"
-        )
