@@ -108,7 +108,8 @@ class SystemClock:
     def to_boot_ns(self, at: datetime) -> int:
         utc_us = micros_since_epoch(at)
         for anchor in reversed(self._anchors):
-            if anchor.utc_us <= utc_us:
+            # Strictly: an anchor may begin within the microsecond that the one before it shows.
+            if anchor.utc_us < utc_us:
                 return anchor.boot_ns_at(utc_us)
         return self._anchors[0].boot_ns_at(utc_us)
 

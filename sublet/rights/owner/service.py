@@ -84,7 +84,7 @@ def _largest_node(tx: Connection, pool_id: str) -> int:
 
 def _is_whole_node(tx: Connection, pool_id: str, devices: int) -> bool:
     """Whether so many devices are all of a node, in a pool where that is not everything."""
-    return _has_nodes(tx, pool_id) and devices == _largest_node(tx, pool_id)
+    return devices > 1 and _has_nodes(tx, pool_id) and devices == _largest_node(tx, pool_id)
 
 
 def plan_again(work: Work, recall_id: str) -> Recall:
