@@ -212,7 +212,8 @@ def _subclasses(kind: type[Any]) -> list[type[Any]]:
     while waiting:
         one = waiting.pop()
         waiting += one.__subclasses__()
-        if getattr(sys.modules[one.__module__], one.__name__, None) is one:
+        is_ours = one.__module__.startswith("sublet.")
+        if is_ours and getattr(sys.modules[one.__module__], one.__name__, None) is one:
             found[f"{one.__module__}.{one.__qualname__}"] = one
     return list(found.values())
 

@@ -168,6 +168,13 @@ def count(local: Any) -> tuple[int, float]:
     return int(counted), float(share)
 
 
+def busy_seconds() -> float:
+    """CPU seconds that all CPUs of this machine have worked."""
+    fields = Path("/proc/stat").read_text().split("\n")[0].split()[1:]
+    idle = int(fields[3]) + int(fields[4])
+    return (sum(map(int, fields[:8])) - idle) / os.sysconf("SC_CLK_TCK")
+
+
 @needs_bubblewrap
 @pytest.mark.slow
 @pytest.mark.parametrize("without", [(), ("cgroup",)], ids=["as found", "without cgroup"])
@@ -181,12 +188,16 @@ def test_one_device_is_one_cpu_and_the_neighbour_does_not_feel_it(
     for _ in range(3):
         before, share_before = count(local)
         run = local.start(f"python3 -c '{SPIN}' 2.5 4; sleep 2.6")
-        beside, _ = count(local)
+        spun, busy = local.see(run).cpu_ms / 1000, busy_seconds()
+        beside, share_beside = count(local)
+        busy = busy_seconds() - busy
+        foreign = busy - (local.see(run).cpu_ms / 1000 - spun) - share_beside
         seen = local.until_over(run)
         after, share_after = count(local)
         rate = seen.cpu_ms / 1000 / (seen.exited_at - seen.started_at).total_seconds()
         assert rate <= 1.05
-        if min(share_before, share_after) < 0.95:
+        # Starting and ending the counter's own sandbox takes a few tenths of what is left.
+        if min(share_before, share_after) < 0.95 or foreign > 0.45:
             continue  # somebody else is at work on this machine: nothing can be said
         measured.append(beside / min(before, after))
         if measured[-1] >= 0.9:
