@@ -162,6 +162,11 @@ def _url(scheme: str, listening: socket.socket) -> str:
 def _listen(host: str, port: int, option: str) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    except socket.gaierror as error:
+        raise PortInUse(
+            f"{host} is no address of this machine ({error.strerror}): give another with --host."
+        ) from error
+    try:
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))

@@ -15,10 +15,20 @@ from sublet.cli.screen import confirm, facts, say, show, show_json, table
 if TYPE_CHECKING:
     from sublet.base.wire import rest
 
-keys = group("Keys: list, make, revoke.")
-projects = group("Projects: list, make.")
-members = group("Members: users and service accounts of your organisation.")
-budgets = group("Budgets: caps on spending, enforced before it happens.")
+keys = group(
+    "Keys: list, make, revoke.",
+    "sublet keys create --name ci --expires 30d",
+    "sublet keys revoke key_… --yes",
+)
+projects = group("Projects: list, make.", "sublet projects create training")
+members = group(
+    "Members: users and service accounts of your organisation.",
+    "sublet members add Grace --email grace@example.org",
+)
+budgets = group(
+    "Budgets: caps on spending, enforced before it happens.",
+    "sublet budgets set organisation month 50",
+)
 
 Role = Annotated[str, typer.Option("--role", help="admin, member or viewer.")]
 

@@ -39,20 +39,29 @@ Start = Annotated[
 End = Annotated[str | None, typer.Option("--to", help="A time, or 1h ago; default: now.")]
 
 
-def group(help_text: str) -> typer.Typer:
-    """A command with commands below it."""
+def group(help_text: str, *examples: str) -> typer.Typer:
+    """A command with commands below it, and examples of their use."""
     return typer.Typer(
-        help=help_text, no_args_is_help=True, rich_markup_mode="rich", add_completion=False
+        help=help_text,
+        epilog=epilog(*examples),
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        add_completion=False,
     )
+
+
+def epilog(*examples: str) -> str:
+    """What `--help` ends with."""
+    assert examples, "a command shows how it is used"
+    lines = [f"  [dim]$[/dim] {example.replace('[', chr(92) + '[')}" for example in examples]
+    return "\n\n".join(["Examples:", *lines])
 
 
 def command(
     app: typer.Typer, *examples: str, panel: str | None = None, name: str | None = None
 ) -> Callable[[F], F]:
     """Declare a command with at least one example of its use."""
-    assert examples, "a command shows how it is used"
-    lines = [f"  [dim]$[/dim] {example.replace('[', chr(92) + '[')}" for example in examples]
-    return app.command(name=name, epilog="\n\n".join(["Examples:", *lines]), rich_help_panel=panel)
+    return app.command(name=name, epilog=epilog(*examples), rich_help_panel=panel)
 
 
 @contextmanager

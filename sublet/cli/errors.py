@@ -44,7 +44,7 @@ def report(error: Exception) -> int:
         _say(sentence(error.message, error.code, error.param, error.details))
         return FAILED
     if isinstance(error, ClientError):
-        _say(f"{error} Set SUBLET_URL, or open one with `sublet up`.")
+        _say(f"{str(error).rstrip('.')}. Set SUBLET_URL, or open one with `sublet up`.")
         return FAILED
     found = _wrong_field(error)
     if found is not None:

@@ -7,12 +7,19 @@ import sys
 import typer
 
 from sublet.cli import account, cloud, money, owner, recalls, rent, top, workloads
+from sublet.cli.commands import epilog
 from sublet.cli.errors import INTERRUPTED, report
 
 app = typer.Typer(
     name="sublet",
     help="An AI cloud out of the accelerator capacity you are not using.",
-    epilog="SUBLET_URL and SUBLET_KEY name the cloud and the key. Start with `sublet up`.",
+    epilog="SUBLET_URL and SUBLET_KEY name the cloud and the key. "
+    + epilog(
+        "sublet up --tour",
+        "sublet rent cpu-spot --name box --yes --wait",
+        "sublet ssh box -- nproc",
+        "sublet status",
+    ),
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",

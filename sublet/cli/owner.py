@@ -30,8 +30,16 @@ from sublet.cli.screen import confirm, facts, say, show, show_json, table
 if TYPE_CHECKING:
     from sublet.base.wire import rest
 
-rate_card = group("The rate card: what is sold, and at which price.")
-costs = group("Cost facts: what the devices cost you, and where the figures come from.")
+rate_card = group(
+    "The rate card: what is sold, and at which price.",
+    "sublet rate-card show > card.toml",
+    "sublet rate-card set card.toml",
+)
+costs = group(
+    "Cost facts: what the devices cost you, and where the figures come from.",
+    "sublet costs show",
+    "sublet costs set costs.toml",
+)
 
 NodeWord = Annotated[
     str | None, typer.Argument(metavar="[NODE]", help="Its id or name; default: the one.")
@@ -66,7 +74,9 @@ def add_to(app: typer.Typer) -> None:
     command(app, "sublet standing org_… suspended --why 'abuse report 12'", panel=OWNER)(standing)
     command(app, "sublet credit org_… 5.00 --reference welcome-1", panel=OWNER)(credit)
     command(app, "sublet payment org_… 100 --reference bank-2026-118", panel=OWNER)(payment)
-    command(app, "sublet trail", "sublet trail --organisation org_…", panel=OWNER)(trail)
+    command(app, "sublet audit", "sublet audit --organisation org_…", panel=OWNER, name="audit")(
+        audit
+    )
 
 
 # Nodes and pools.
@@ -449,7 +459,7 @@ def _show_transfer(found: rest.Transfer, as_json: bool) -> None:
     show(f"{found.id}  {found.kind}  {values.money(found.amount.micros, found.amount.currency)}")
 
 
-def trail(organisation: Organisation = None, as_json: Json = False) -> None:
+def audit(organisation: Organisation = None, as_json: Json = False) -> None:
     """The audit trail: who did what, from where, and what was refused."""
     with client() as cloud:
         found = list(cloud.audit.list(organisation_id=organisation))

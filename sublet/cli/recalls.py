@@ -8,16 +8,25 @@ import typer
 
 from sublet.cli import values
 from sublet.cli.commands import OWNER, Json, PoolWord, client, command, group, only_pool
-from sublet.cli.errors import UsageError
+from sublet.cli.errors import CliError, UsageError
 from sublet.cli.screen import facts, poll, progress, show, show_json, table
 
 if TYPE_CHECKING:
     from sublet.base.wire import rest
     from sublet.sdk import Client
 
-recall = group("Take devices back: first a plan, then the deed.")
+recall = group(
+    "Take devices back: first a plan, then the deed.",
+    "sublet recall plan --all",
+    "sublet recall accept",
+    "sublet recall wait",
+    "sublet recall return",
+)
 
-RecallId = Annotated[str, typer.Argument(metavar="RECALL", help="Its id.")]
+RecallId = Annotated[
+    str | None, typer.Argument(metavar="RECALL", help="Its id; default: the newest that fits.")
+]
+UNDER_WAY = {"accepted", "noticing", "draining"}
 DONE = {"delivered", "returned", "cancelled", "expired"}
 
 
@@ -25,22 +34,27 @@ def add_to(app: typer.Typer) -> None:
     command(
         recall,
         "sublet recall plan --devices 2",
+        "sublet recall plan --all",
         "sublet recall plan --devices 8 --shape 4 --by 10m --until 2h",
         name="plan",
     )(plan)
-    command(
-        recall, "sublet recall accept rec_…", "sublet recall accept rec_… --wait", name="accept"
-    )(accept)
-    command(recall, "sublet recall cancel rec_…", name="cancel")(cancel)
-    command(recall, "sublet recall return rec_…", name="return")(give_back)
+    command(recall, "sublet recall accept", "sublet recall accept rec_… --wait", name="accept")(
+        accept
+    )
+    command(recall, "sublet recall wait", name="wait")(wait_for)
+    command(recall, "sublet recall cancel", "sublet recall cancel rec_…", name="cancel")(cancel)
+    command(recall, "sublet recall return", "sublet recall return rec_…", name="return")(give_back)
     command(recall, "sublet recall list", name="list")(list_recalls)
-    command(recall, "sublet recall show rec_…", name="show")(show_recall)
+    command(recall, "sublet recall show", "sublet recall show rec_…", name="show")(show_recall)
     command(recall, "sublet recall shortfalls", name="shortfalls")(shortfalls)
     app.add_typer(recall, name="recall", rich_help_panel=OWNER)
 
 
 def plan(
-    count: Annotated[int, typer.Option("--devices", min=1, help="How many devices.")],
+    count: Annotated[int | None, typer.Option("--devices", min=1, help="How many devices.")] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="All that first-party work does not hold yet.")
+    ] = False,
     shape: Annotated[
         int, typer.Option("--shape", min=1, help="So many of them together on one node.")
     ] = 1,
@@ -56,11 +70,15 @@ def plan(
     """Plan to take devices back. Nothing happens until the plan is accepted, within a minute."""
     from sublet.base.wire import rest as shapes
 
-    if count % shape:
+    if (count is None) != everything:
+        raise UsageError("say how many with --devices, or --all; not both.")
+    if count is not None and count % shape:
         raise UsageError(f"--devices {count} is no multiple of --shape {shape}.")
     with client() as cloud:
+        chosen = only_pool(cloud, pool)
+        count = count or max(chosen.sellable_devices - chosen.first_party_devices, shape)
         given: dict[str, Any] = {
-            "pool_id": only_pool(cloud, pool).id,
+            "pool_id": chosen.id,
             "devices": shape,
             "count": count // shape,
         }
@@ -76,8 +94,18 @@ def plan(
     show(f"accept  sublet recall accept {found.id}   (until {values.when(found.expires_at)})")
 
 
+def _chosen(cloud: Client, recall_id: str | None, states: set[str], what: str) -> str:
+    """The id given, or the newest recall in one of these states."""
+    if recall_id is not None:
+        return recall_id
+    fitting = [found.id for found in cloud.recalls.list() if found.state in states]
+    if not fitting:
+        raise CliError(f"there is no recall {what}: `sublet recall list` shows all.")
+    return fitting[-1]
+
+
 def accept(
-    recall_id: RecallId,
+    recall_id: RecallId = None,
     rows: Annotated[
         list[int] | None, typer.Option("--row", help="Only this row; may be repeated.")
     ] = None,
@@ -90,7 +118,8 @@ def accept(
     body = shapes.RecallAccept(rows=rows) if rows else None
     with client(quiet=True) as cloud:
         with progress("accepting"):
-            found = cloud.recalls.accept(recall_id, body)
+            chosen = _chosen(cloud, recall_id, {"planned"}, "that is planned and not accepted")
+            found = cloud.recalls.accept(chosen, body)
         if wait:
             found = _wait(cloud, found)
     if as_json:
@@ -99,6 +128,14 @@ def accept(
     _show(found)
     if found.state != "returned":
         show(f"give back  sublet recall return {found.id}")
+
+
+def wait_for(recall_id: RecallId = None, as_json: Json = False) -> None:
+    """Wait until a recall is delivered, or over."""
+    with client(quiet=True) as cloud:
+        chosen = _chosen(cloud, recall_id, UNDER_WAY | {"delivered"}, "under way")
+        found = _wait(cloud, cloud.recalls.get(chosen))
+    _shown(found, as_json)
 
 
 def _wait(cloud: Client, found: rest.Recall) -> rest.Recall:
@@ -120,22 +157,25 @@ def _planned(found: rest.Recall) -> int:
     return sum(row.devices for row in found.rows)
 
 
-def cancel(recall_id: RecallId, as_json: Json = False) -> None:
+def cancel(recall_id: RecallId = None, as_json: Json = False) -> None:
     """Cancel a recall: notices not yet due are withdrawn."""
     with client() as cloud:
-        _shown(cloud.recalls.cancel(recall_id), as_json)
+        chosen = _chosen(cloud, recall_id, UNDER_WAY | {"planned"}, "to be called off")
+        _shown(cloud.recalls.cancel(chosen), as_json)
 
 
-def give_back(recall_id: RecallId, as_json: Json = False) -> None:
+def give_back(recall_id: RecallId = None, as_json: Json = False) -> None:
     """Give the devices back to sale: who was queued again starts."""
     with client() as cloud:
-        _shown(cloud.recalls.give_back(recall_id), as_json)
+        chosen = _chosen(cloud, recall_id, {"delivered"}, "that is delivered")
+        _shown(cloud.recalls.give_back(chosen), as_json)
 
 
-def show_recall(recall_id: RecallId, as_json: Json = False) -> None:
+def show_recall(recall_id: RecallId = None, as_json: Json = False) -> None:
     """One recall: its schedule, victims, progress."""
     with client() as cloud:
-        _shown(cloud.recalls.get(recall_id), as_json)
+        states = {*UNDER_WAY, *DONE, "planned"}
+        _shown(cloud.recalls.get(_chosen(cloud, recall_id, states, "yet")), as_json)
 
 
 def _shown(found: rest.Recall, as_json: bool) -> None:

@@ -268,7 +268,7 @@ def _show_rented(found: rest.Workload) -> None:
         show(f"  stop     sublet stop {named}      end  sublet terminate {named}")
     else:
         show(f"  output   sublet logs -f {named}")
-        show(f"  end      sublet terminate {named}")
+        show(f"  end      sublet cancel {named}")
 
 
 def run(

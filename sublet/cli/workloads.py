@@ -44,7 +44,8 @@ def add_to(app: typer.Typer) -> None:
     command(app, "sublet logs train", "sublet logs -f train", panel=WORK)(logs)
     command(app, "sublet stop box", "sublet stop box --yes", panel=WORK)(stop)
     command(app, "sublet start box", panel=WORK)(start)
-    command(app, "sublet terminate box", "sublet terminate train --yes", panel=WORK)(terminate)
+    command(app, "sublet terminate box", "sublet terminate box --yes", panel=WORK)(terminate)
+    command(app, "sublet cancel train", "sublet cancel train --yes", panel=WORK)(cancel)
 
 
 def rows_of(found: list[rest.Workload]) -> list[tuple[str, ...]]:
@@ -281,7 +282,7 @@ def stop(word: Named, yes: Yes = False, as_json: Json = False) -> None:
     with client(quiet=True) as cloud:
         found = find_workload(cloud, word)
         if found.kind == "job":
-            raise UsageError(f"a job is ended with `sublet terminate {word}`.")
+            raise UsageError(f"a job is ended with `sublet cancel {word}`.")
         price = found.stopped_costs_per_hour
         cost = values.an_hour(price.micros, price.currency)
         confirm(
@@ -314,13 +315,24 @@ def start(
 
 
 def terminate(word: Named, yes: Yes = False, as_json: Json = False) -> None:
-    """End an instance with all it holds, or cancel a job."""
+    """End an instance with all it holds."""
     with client(quiet=True) as cloud:
         found = find_workload(cloud, word)
-        is_job = found.kind == "job"
-        question = "Cancel this job?" if is_job else "End this instance and delete its home?"
-        confirm(f"{found.name or found.id}: {question}", yes=yes)
-        found = cloud.jobs.cancel(found.id) if is_job else cloud.instances.terminate(found.id)
+        if found.kind == "job":
+            raise UsageError(f"a job is ended with `sublet cancel {word}`.")
+        confirm(f"{found.name or found.id}: End this instance and delete its home?", yes=yes)
+        found = cloud.instances.terminate(found.id)
+    _show_state(found, as_json)
+
+
+def cancel(word: Named, yes: Yes = False, as_json: Json = False) -> None:
+    """End a job, wherever it stands."""
+    with client(quiet=True) as cloud:
+        found = find_workload(cloud, word)
+        if found.kind != "job":
+            raise UsageError(f"an instance is ended with `sublet terminate {word}`.")
+        confirm(f"{found.name or found.id}: Cancel this job?", yes=yes)
+        found = cloud.jobs.cancel(found.id)
     _show_state(found, as_json)
 
 

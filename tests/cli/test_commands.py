@@ -35,7 +35,8 @@ CALLS = {
     "logs": "ins_1",
     "stop": "ins_1 --yes",
     "start": "ins_1",
-    "terminate": "job_1 --yes",
+    "terminate": "ins_1 --yes",
+    "cancel": "job_1 --yes",
     "usage": "",
     "balance": "",
     "invoice": "",
@@ -54,6 +55,7 @@ CALLS = {
     "recall plan": "--devices 2 --by 10m --until 1h",
     "recall accept": "rec_1 --row 0 --wait",
     "recall cancel": "rec_1",
+    "recall wait": "rec_1",
     "recall return": "rec_1",
     "recall list": "",
     "recall show": "rec_1",
@@ -75,7 +77,7 @@ CALLS = {
     "standing": "org_1 good --why checked --yes",
     "credit": "org_1 5.00 --reference one",
     "payment": "org_1 5.00 --reference two",
-    "trail": "",
+    "audit": "",
 }
 NO_ANSWER_OF_THEIR_OWN = {"exec", "logs", "excess", "rate-card show"}
 
@@ -150,9 +152,13 @@ def _prepare(cloud: Cloud, name: str, bare: bool) -> None:
         cloud.answers["/v1/pools"] = [[sample(rest.Pool, bare=True)]]
         cloud.answers["/v1/nodes"] = [[sample(rest.Node, bare=True)]]
         cloud.answers["/v1/me"] = [sample(rest.Me)]
-    if name == "recall accept":
+    if name == "cancel":
+        job = sample(rest.Workload, bare=bare).model_copy(update={"kind": "job"})
+        cloud.answers["/v1/jobs/job_1"] = [job]
+    if name in ("recall accept", "recall wait"):
         waiting = sample(rest.Recall, bare=bare)
         cloud.answers["/v1/recalls/rec_1/accept"] = [waiting]
+        cloud.answers["/v1/recalls/rec_1"] = [waiting]
         cloud.answers["/v1/recalls/words"] = [waiting.model_copy(update={"state": "delivered"})]
 
 
@@ -448,3 +454,26 @@ def test_the_picture_of_top_shows_holders_money_and_recalls(cloud: Cloud, run: R
     assert "org_a" in out
     assert "earning 0.09 USD/h   cost 0.04 USD/h   margin 0.05 USD/h" in out
     assert "recall noticing" in out
+
+
+def test_either_word_for_the_end_says_the_right_one(cloud: Cloud, run: Run) -> None:
+    job = sample(rest.Workload).model_copy(update={"kind": "job"})
+    cloud.answers["/v1/jobs/job_1"] = [job]
+    done = run("terminate", "job_1", "--yes")
+    assert (done.code, "sublet cancel job_1" in done.err) == (2, True)
+    cloud.answers["/v1/instances/ins_1"] = [job.model_copy(update={"kind": "instance"})]
+    done = run("cancel", "ins_1", "--yes")
+    assert (done.code, "sublet terminate ins_1" in done.err) == (2, True)
+
+
+def test_a_recall_is_the_newest_that_fits(cloud: Cloud, run: Run) -> None:
+    old = sample(rest.Recall).model_copy(update={"id": "rec_old", "state": "delivered"})
+    new = old.model_copy(update={"id": "rec_new", "state": "planned"})
+    cloud.answers["/v1/recalls"] = [[old, new]]
+    cloud.answers["/v1/recalls/rec_new/accept"] = [new.model_copy(update={"state": "noticing"})]
+    cloud.answers["/v1/recalls/rec_old/return"] = [old.model_copy(update={"state": "returned"})]
+    assert "rec_new" in run("recall", "accept").out
+    assert "rec_old" in run("recall", "return").out
+    cloud.answers["/v1/recalls"] = [[]]
+    done = run("recall", "accept")
+    assert (done.code, "sublet recall list" in done.err) == (1, True)
