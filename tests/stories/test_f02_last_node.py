@@ -36,7 +36,9 @@ def sites(worlds: Worlds) -> Any:
         create_api(Deps(store=store, engine=world.line.engine, version="test")) for store in stores
     ]
     for app in apps:
-        app.openapi()  # made when first asked for: not in fifty threads at once
+        # Routes and document are made at the first request: not in fifty threads at once.
+        app.openapi()
+        TestClient(app).get("/healthz")
     yield world, apps
     for store in stores:
         store.close()
