@@ -11,10 +11,10 @@ from datetime import datetime
 
 from sqlalchemy import Connection
 
-from sublet.audit import book, money, records, work
+from sublet.audit import book, money, records, tokens, work
 from sublet.audit.registry import INVARIANTS, Invariant, Look, Violation
 
-_MODULES = (book, money, records, work)
+_MODULES = (book, money, records, tokens, work)
 MOST_DETAILS = 20
 """Places named for one invariant."""
 

@@ -18,6 +18,7 @@ from sublet.money.billing.store import invoices, lines
 from sublet.records import ledger
 from sublet.records.metering.store import meters, usage
 from sublet.rights import market
+from sublet.rights.market.model import Product
 from sublet.rights.market.store import contracts, postings
 
 LATELY = timedelta(hours=1)
@@ -42,16 +43,21 @@ def posted_quantity_is_metered(look: Look) -> Iterator[str]:
         sa.select(postings).where(postings.c.kind.in_([market.USAGE, market.LOSS]))
     ):
         posted[row.contract_id] += row.quantity
+    # What serves models is sold by the token: its contract's price is what it is taken to earn.
     prices = {
         row.id: row.price_micros
-        for row in look.tx.execute(sa.select(contracts.c.id, contracts.c.price_micros))
+        for row in look.tx.execute(
+            sa.select(contracts.c.id, contracts.c.price_micros).where(
+                contracts.c.product != Product.SERVING
+            )
+        )
     }
     for contract_id in metered.keys() | posted.keys():
-        if contract_id in opened or contract_id is None:
+        if contract_id in opened or (contract_id not in prices and not posted[contract_id]):
             continue
         left = metered[contract_id] - posted[contract_id]
         # Less than a micro more is no transfer. Two, since spot's price is another every hour.
-        if left < 0 or left * prices[contract_id] > 2 * DEVICE_HOUR_MS:
+        if left < 0 or left * prices.get(contract_id, 0) > 2 * DEVICE_HOUR_MS:
             yield (
                 f"{contract_id}: metered {metered[contract_id]} device-ms, "
                 f"posted or lost for {posted[contract_id]}"

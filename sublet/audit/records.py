@@ -15,6 +15,8 @@ from sublet.records import ledger
 from sublet.records.ledger.store import accounts, holds
 from sublet.records.metering.store import meters, spans, usage
 from sublet.records.tenancy.store import keys, organisations
+from sublet.rights.market.model import Product
+from sublet.rights.market.store import contracts
 
 
 @invariant("Every transfer has two sides: debits equal credits over all accounts.")
@@ -41,10 +43,13 @@ def credit_is_never_negative(look: Look) -> Iterator[str]:
 @invariant("A sale whose meter is open has an open hold on credit.")
 def open_meter_has_a_hold(look: Look) -> Iterator[str]:
     held = sa.select(holds.c.subject).where(holds.c.state == "open")
+    # What serves models is sold by the token, and its devices cost nobody anything.
+    serving = sa.select(contracts.c.id).where(contracts.c.product == Product.SERVING)
     query = sa.select(meters.c.run_id, meters.c.workload_id).where(
         meters.c.closed_at.is_(None),
         meters.c.party == "sale",
         meters.c.workload_id.not_in(held),
+        sa.func.coalesce(meters.c.contract_id, "").not_in(serving),
     )
     for row in look.tx.execute(query):
         yield f"{row.run_id} of {row.workload_id} runs without a hold"

@@ -2,7 +2,8 @@
 
 Four devices. `done` is a job that ended; `firm` was stopped and started again; `train` was
 interrupted by a recall, which was delivered; the owner's own `mine` runs inside that; `box` has its
-notice from a second recall; and what the owner needs beyond is a recorded Shortfall.
+notice from a second recall; and what the owner needs beyond is a recorded Shortfall. Meanwhile two
+gateways sold tokens: one lives, one was killed with a stream open.
 """
 
 from __future__ import annotations
@@ -18,19 +19,23 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from token_books import PRICES, price_by_version
 
 from sublet.audit import Violation, check
 from sublet.base.kernel.clock import VirtualClock
 from sublet.base.kernel.ids import SeededIds
+from sublet.base.kernel.interval import micros_since_epoch
 from sublet.base.kernel.money import Money
 from sublet.base.store import Actor, Store, metadata, open_store
 from sublet.base.store.installation import keep_fact
+from sublet.base.wire.gateway import AllowanceRequest, Outcome, UsageEvent
 from sublet.capacity import allocation, fleet
 from sublet.capacity.allocation import Urgency
 from sublet.capacity.allocation import loops as allocation_loops
 from sublet.capacity.engines.simulated import SimulatedEngine
+from sublet.gateway.purse import cost
 from sublet.money import billing
-from sublet.records import tenancy
+from sublet.records import metering, tenancy
 from sublet.rights import market, owner
 from sublet.shops import compute
 
@@ -53,9 +58,47 @@ TESTER = Actor.system("test")
 DEVICES = 4
 
 
+TOKEN_EPOCH = 1_793_000_000_000_000
+
+
+class Usage:
+    """Requests of one key, each with another id."""
+
+    def __init__(self, buyer: tenancy.Identity, clock: VirtualClock) -> None:
+        self.buyer = buyer
+        self.at = micros_since_epoch(clock.now())
+        self.number = 0
+
+    def event(self, output: int, *, made: int = 0, micros: int | None = None) -> UsageEvent:
+        self.number += 1
+        return UsageEvent(
+            id=f"req_{self.number}",
+            key_id=self.buyer.key.id,
+            organisation_id=self.buyer.organisation.id,
+            project_id=self.buyer.project_id,
+            is_first_party=False,
+            model="smollm2-135m-instruct",
+            deployment_id="dep_1",
+            replica_id="ins_replica",
+            surface="chat",
+            tier="default",
+            price_version="v1",
+            outcome=Outcome.OK if output else Outcome.LOST,
+            started_us=self.at,
+            ended_us=self.at + 1,
+            first_us=None,
+            input_uncached=10,
+            cache_read=0,
+            output=output,
+            made=max(output, made),
+            micros=cost(PRICES["v1"], 10, 0, output) if micros is None else micros,
+        )
+
+
 class Cloud:
     def __init__(self, path: Path) -> None:
         self.path = path
+        price_by_version()
         self.clock = VirtualClock(START)
         self.books = open_store(f"sqlite:///{path}", self.clock, SeededIds(7))
         metadata.create_all(self.books.engine)
@@ -107,6 +150,39 @@ class Cloud:
             )
             owner.accept_recall(work, plan.id)
 
+    def sell_tokens(self) -> None:
+        """Bills that round, one that was cut to what was held, a correction, a stream lost."""
+        usage = Usage(self.buyer, self.clock)
+        spools = {
+            "gw-0": [usage.event(n) for n in range(3, 9)] + [usage.event(700, micros=40)],
+            "gw-1": [usage.event(50)],
+        }
+        with self.books.work(TESTER) as work:
+            for name, events in spools.items():
+                request = AllowanceRequest(
+                    key_id=self.buyer.key.id,
+                    epoch=TOKEN_EPOCH,
+                    wanted_micros=100_000,
+                    wanted_tokens=0,
+                    spent_micros=0,
+                    held_micros=0,
+                    spent_tokens=0,
+                    held_tokens=0,
+                    serial=1,
+                )
+                billing.grant_allowance(work, gateway=name, epoch=TOKEN_EPOCH, request=request)
+                billing.ingest_usage(
+                    work, gateway=name, epoch=TOKEN_EPOCH, events=events, file=0, offset=900
+                )
+            lost = [usage.event(0, made=90)]
+            billing.close_epoch(work, gateway="gw-1", epoch=TOKEN_EPOCH, lost=lost)
+            billing.post_correction(
+                work,
+                metering.correct_tokens(
+                    work, event_id="fix_1", corrects=spools["gw-1"][0].id, output=-1
+                ),
+            )
+
     def live(self) -> None:
         """The story that the module tells."""
         self.rent("job", "gpu-spot", 30, name="done", command=("sleep", "20"))
@@ -138,6 +214,7 @@ class Cloud:
                 holder="ned_research",
             )
         self.run(30)
+        self.sell_tokens()
         with self.books.work(TESTER) as work:
             keep_fact(work, "alive", "loops")
 

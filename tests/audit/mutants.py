@@ -17,8 +17,10 @@ from sqlalchemy import Connection
 from sublet.base.kernel.interval import month_of, next_month
 from sublet.capacity.allocation.store import claims, placements
 from sublet.money.billing.store import invoices, lines
+from sublet.money.billing.token_store import allowances, token_lines
 from sublet.records.ledger.store import accounts, holds, transfers
 from sublet.records.metering.store import meters, spans, usage
+from sublet.records.metering.token_store import spools, tokens
 from sublet.records.tenancy.store import keys, organisations
 from sublet.rights.market.store import postings
 from sublet.rights.owner.store import recall_rows, shortfalls
@@ -238,7 +240,8 @@ def credit_is_promised_twice(tx: Connection) -> None:
 @breaks("open_meter_has_a_hold")
 def a_hold_lapses_under_an_open_meter(tx: Connection) -> None:
     """The hold of a workload that runs is released."""
-    hold = one(tx, holds, holds.c.state == "open")
+    subject = workload(tx, "also-firm").id
+    hold = one(tx, holds, holds.c.state == "open", holds.c.subject == subject)
     change(tx, holds, holds.c.id == hold.id, state="released")
     change(
         tx,
@@ -462,3 +465,144 @@ def an_invoice_is_for_nothing(tx: Connection) -> None:
             text="five micros for nothing",
         )
     )
+
+
+# Tokens.
+
+
+def output_line(tx: Connection) -> Any:
+    """The line of output that customers were charged for."""
+    return one(
+        tx,
+        token_lines,
+        token_lines.c.kind == "token_usage",
+        token_lines.c.token_class == "output",
+    )
+
+
+def live_allowance(tx: Connection) -> Any:
+    return one(tx, allowances, allowances.c.state == "open")
+
+
+def transfer_more(tx: Connection, row: Any, micros: int) -> None:
+    """A transfer is so much larger, and both accounts agree on it."""
+    change(
+        tx,
+        transfers,
+        transfers.c.seq == row.seq,
+        amount_micros=row.amount_micros + micros,
+        charge_micros=row.charge_micros + micros,
+    )
+    for name, sign in ((row.debit, -1), (row.credit, 1)):
+        account = one(tx, accounts, accounts.c.name == name)
+        change(
+            tx,
+            accounts,
+            accounts.c.name == name,
+            balance_micros=account.balance_micros + sign * micros,
+        )
+
+
+def hold_of(tx: Connection, allowance: Any) -> Any:
+    return one(tx, holds, holds.c.id == allowance.hold_id)
+
+
+def resize(tx: Connection, hold: Any, micros: int, **values: Any) -> None:
+    """A hold is so much larger, and its account agrees on it."""
+    change(tx, holds, holds.c.id == hold.id, amount_micros=hold.amount_micros + micros, **values)
+    more = micros if hold.state == "open" else hold.amount_micros + micros
+    change(
+        tx,
+        accounts,
+        accounts.c.name == hold.account,
+        held_micros=accounts.c.held_micros + more,
+    )
+
+
+@breaks("token_lines_count_requests")
+def a_token_is_not_billed(tx: Connection) -> None:
+    """A request's record says one token more, made and delivered, than the lines count."""
+    row = one(tx, tokens, tokens.c.event_id == "req_1")
+    change(tx, tokens, tokens.c.seq == row.seq, output=row.output + 1, made=row.made + 1)
+
+
+@breaks("token_lines_count_requests")
+def a_stream_that_was_lost_is_not_booked(tx: Connection) -> None:
+    """The record of a stream that ended with its gateway is deleted."""
+    row = one(tx, tokens, tokens.c.outcome == "lost")
+    assert tx.execute(tokens.delete().where(tokens.c.seq == row.seq)).rowcount == 1
+
+
+@breaks("token_postings_are_rated")
+def a_token_line_is_charged_a_micro_more(tx: Connection) -> None:
+    """A transfer for tokens is a millionth more than their price, and both accounts agree on it."""
+    line = output_line(tx)
+    transfer_more(tx, one(tx, transfers, transfers.c.key == f"tokens:{line.seq}:1"), 1)
+
+
+@breaks("token_postings_are_rated")
+def a_token_line_forgets_what_was_lost(tx: Connection) -> None:
+    """A line says that nothing of it was lost, and the ledger knows of a loss."""
+    line = output_line(tx)
+    assert line.lost_micros
+    change(tx, token_lines, token_lines.c.seq == line.seq, lost_micros=0)
+
+
+@breaks("no_more_is_posted_than_spent")
+def a_cut_bill_is_charged_in_full(tx: Connection) -> None:
+    """What a gateway took for a line was a millionth less than was charged for it."""
+    line = output_line(tx)
+    change(tx, token_lines, token_lines.c.seq == line.seq, spent_micros=line.posted_micros - 1)
+
+
+@breaks("no_more_is_posted_than_spent")
+def more_counts_as_spent_than_was(tx: Connection) -> None:
+    """A line counts a dollar as spent that no gateway took."""
+    line = output_line(tx)
+    more = line.spent_micros + 1_000_000
+    change(tx, token_lines, token_lines.c.seq == line.seq, spent_micros=more)
+
+
+@breaks("spending_stays_granted")
+def a_gateway_spends_what_nobody_granted(tx: Connection) -> None:
+    """An allowance was for a millionth less than what came of it, and holds nothing."""
+    row = live_allowance(tx)
+    change(
+        tx,
+        allowances,
+        allowances.c.gateway == row.gateway,
+        granted_micros=row.settled_micros - 1,
+    )
+
+
+@breaks("spending_stays_granted")
+def what_was_read_is_not_settled(tx: Connection) -> None:
+    """A millionth that a gateway spent was read and not taken off what may still come; it is still
+    held."""
+    row = live_allowance(tx)
+    change(
+        tx,
+        allowances,
+        allowances.c.gateway == row.gateway,
+        settled_micros=row.settled_micros - 1,
+    )
+    resize(tx, hold_of(tx, row), 1)
+
+
+@breaks("allowances_are_held")
+def an_allowance_is_held_for_in_part(tx: Connection) -> None:
+    """The hold behind an allowance is a millionth less than what may still come of it."""
+    resize(tx, hold_of(tx, live_allowance(tx)), -1)
+
+
+@breaks("closed_gateways_hold_nothing")
+def a_dead_gateway_holds_on(tx: Connection) -> None:
+    """The hold of a gateway whose life is over is open again."""
+    row = one(tx, allowances, allowances.c.state == "closed")
+    resize(tx, hold_of(tx, row), 0, state="open")
+
+
+@breaks("closed_gateways_hold_nothing")
+def an_allowance_outlives_its_gateway(tx: Connection) -> None:
+    """A gateway's life was closed before its allowances were, which hold what is left of them."""
+    change(tx, spools, spools.c.gateway == "gw-0", state="closed")

@@ -121,6 +121,42 @@ def test_a_run_that_is_not_known_is_not_found(harness: Any) -> None:
     engine.erase_home("home_x")
 
 
+# -- a replica
+
+
+def test_a_replica_lives_until_it_is_stopped_and_is_announced_like_others(harness: Any) -> None:
+    run = harness.start("sleep 600", kind="replica")
+    fixed = harness.engine.notice(run, recall(harness, 0.8))
+    seen = harness.until_over(run)
+    assert (seen.phase, seen.term_reason, seen.exit_code) == (Phase.EXITED, "notice", 143)
+    assert fixed <= seen.term_at <= fixed + LATE
+    assert harness.engine.scrub(run).clean
+
+
+def test_a_replica_that_ends_by_itself_has_its_own_code(harness: Any) -> None:
+    # The simulated one is told by its environment what the script says.
+    env = {"SIM_SECONDS": "0.3", "SIM_EXIT_CODE": "7"}
+    run = harness.start("sleep 0.3; exit 7", kind="replica", env=env)
+    seen = harness.until_over(run)
+    assert (seen.phase, seen.exit_code, seen.term_reason) == (Phase.EXITED, 7, None)
+
+
+def test_a_replica_needs_a_command(harness: Any) -> None:
+    with pytest.raises(StartRefused):
+        harness.engine.start(harness.spec(kind="replica", command=()))
+
+
+def test_the_door_is_a_path_in_the_home_of_the_run(harness: Any) -> None:
+    run = harness.start("sleep 600", kind="replica", home="a_home")
+    door = harness.engine.door(run, "model.sock")
+    assert door.startswith("/")
+    assert door.endswith("/a_home/model.sock")
+    harness.engine = harness.reopened()
+    assert harness.engine.door(run, "model.sock") == door
+    with pytest.raises(RunNotFound):
+        harness.engine.door("run_x", "model.sock")
+
+
 # -- the end, announced
 
 

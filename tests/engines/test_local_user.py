@@ -25,6 +25,7 @@ PLUGINS = ("pytest_timeout", "py")
 SUITES = {
     "test_conformance.py": "not simulated and not local-bare",
     "test_local_inside.py": "",
+    "test_local_shown.py": "",
     "test_local_faults.py": (
         "supervisor_killed or killed_before or another_boot or many_starts or in_the_middle "
         "or left_of"

@@ -268,7 +268,14 @@ def test_a_keys_role_is_the_lesser_of_its_own_and_its_principals(
 def test_a_viewer_reads_a_member_rents_an_admin_manages(store: Store) -> None:
     expected = {
         "viewer": {Action.READ, Action.READ_MONEY},
-        "member": {Action.READ, Action.READ_MONEY, Action.RENT, Action.STOP, Action.ATTACH},
+        "member": {
+            Action.READ,
+            Action.READ_MONEY,
+            Action.RENT,
+            Action.STOP,
+            Action.ATTACH,
+            Action.CALL_MODELS,
+        },
         "admin": set(Action) - OWNERS_ACTS,
     }
     with store.work(SYSTEM) as work:
@@ -322,6 +329,7 @@ def test_a_key_bound_to_a_project_does_what_concerns_that_project(store: Store) 
             Action.RENT,
             Action.STOP,
             Action.ATTACH,
+            Action.CALL_MODELS,
         }
         for action in identity.actions:
             assert _refusal(identity, action, None, mine) is None

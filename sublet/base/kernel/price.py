@@ -96,6 +96,17 @@ class Rated:
     lines: tuple[Line, ...]
 
 
+def rate_quantity(quantity: int, micros: int, per: int) -> int:
+    """What a quantity comes to: exact, then rounded once, half-even, to micros."""
+    return round_half_even(Fraction(quantity * micros, per))
+
+
+def cover_quantity(quantity: int, micros: int, per: int) -> int:
+    """What must be set aside for a quantity: rounded up. However a quantity is cut, what its parts
+    set aside suffices for what the whole of it is rated at."""
+    return -(-quantity * micros // per)
+
+
 def rate(terms: Terms, windows: Iterable[Window]) -> Rated:
     """Price usage. Lines come ordered by month, then by when their price began."""
     pieces: dict[tuple[datetime, datetime, str], list[tuple[datetime, datetime, int]]] = {}
@@ -123,7 +134,6 @@ def _line(
     month, price_from, version = key
     price = terms.point_at(price_from)
     quantity = sum(piece[2] for piece in pieces)
-    exact = Fraction(quantity * price.micros, terms.per)
     return Line(
         product=terms.product,
         month=month,
@@ -133,5 +143,5 @@ def _line(
         price_micros=price.micros,
         per=terms.per,
         version=version,
-        amount=Money(round_half_even(exact), terms.currency),
+        amount=Money(rate_quantity(quantity, price.micros, terms.per), terms.currency),
     )

@@ -65,12 +65,13 @@ class StartSpec:
     run_id: str
     workload_id: str
     organisation_id: str
-    kind: Literal["instance", "job"]
+    kind: Literal["instance", "job", "replica"]
+    """A replica is run like a job: it ends with its command, which does not end by itself."""
     devices: tuple[str, ...]
     memory_bytes: int
     disk_bytes: int
     command: tuple[str, ...]
-    """The job's argv; empty for an instance."""
+    """The argv of a job or a replica; empty for an instance."""
     script: str
     """Start-up script of an instance, run by /bin/sh as the tenant; may be empty."""
     env: Mapping[str, str]
@@ -83,6 +84,13 @@ class StartSpec:
     metadata: Mapping[str, Any]
     runway_until: datetime
     """Without `extend` past it, the supervisor ends the run then (`control_lost`)."""
+    read_only: tuple[tuple[str, str], ...] = ()
+    """Files and folders of the host that it may read: (path there, absolute path inside). Those
+    without a sandbox of their own are met under the host's path, so both are best the same. What
+    lies there is readable by everybody; the folders above may be closed."""
+    lock_memory: bool = False
+    """It keeps what it reads in `read_only` files in locked memory, in a memory file perhaps:
+    refused where they are more than may be locked and the machine swaps."""
 
 
 class Phase(StrEnum):
@@ -215,6 +223,12 @@ class Engine(Protocol):
 
     def logs(self, run_id: str, *, offset: int = 0, limit: int = 1 << 16) -> tuple[bytes, int]:
         """Output from a byte offset, and the offset to go on from. Kept until `forget`."""
+        ...
+
+    def door(self, run_id: str, name: str) -> str:
+        """The host's path of a file in the run's home, such as the socket it listens on. Whether
+        anything is there is for the caller to find out; the path may be too long for a socket's
+        address."""
         ...
 
     def scrub(self, run_id: str) -> ScrubReport:

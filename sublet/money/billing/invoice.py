@@ -40,7 +40,8 @@ def billing_month(service_start: datetime, posted_at: datetime) -> datetime:
 
 
 def lines_of(month: datetime, currency: str, charges: Iterable[Charge]) -> tuple[InvoiceLine, ...]:
-    """The lines of a month's invoice: one for each contract, kind, price and service month.
+    """The lines of a month's invoice: one for each contract, kind, price and service month; of
+    tokens one for each project, model, class, tier, price and service month.
 
     Order: corrections of earlier months first, then by service start. Shown minor units are
     apportioned over all lines, so that they add up to the total that is shown.
@@ -51,7 +52,15 @@ def lines_of(month: datetime, currency: str, charges: Iterable[Charge]) -> tuple
             groups.setdefault(_key(charge), []).append(charge)
     drafts = sorted(
         (_line(month, currency, group) for group in groups.values()),
-        key=lambda line: (line.starts_at, line.contract_id or "", line.kind, line.version),
+        key=lambda line: (
+            line.starts_at,
+            line.contract_id or "",
+            line.kind,
+            line.project_id or "",
+            line.subject or "",
+            line.product,
+            line.version,
+        ),
     )
     # What was charged and taken back whole, quantity and all, says nothing to a reader.
     kept = [line for line in drafts if line.amount_micros or line.quantity]
@@ -67,7 +76,9 @@ def _key(charge: Charge) -> tuple[object, ...]:
     own = charge.transfer_id if charge.price_micros is None else ""
     service = month_of(charge.starts_at)
     price = (charge.price_micros, charge.per, charge.version)
-    return (charge.contract_id, charge.subject, charge.kind, charge.product, service, *price, own)
+    what = (charge.contract_id, charge.subject, charge.kind, charge.product)
+    # A contract has one project. Tokens have no contract, and those of two projects stand apart.
+    return (charge.project_id, *what, service, *price, own)
 
 
 def _line(month: datetime, currency: str, group: Sequence[Charge]) -> InvoiceLine:
@@ -122,14 +133,22 @@ def explain(line: InvoiceLine, currency: str, note: str) -> str:
     if line.price_micros is None or line.per is None:
         return f"{head}{note or line.kind}, {window}: {amount}"
     price = Money(line.price_micros, currency)
-    unit = "device-hour" if line.per == DEVICE_HOUR_MS else f"{line.per} units"
+    head += line.product if line.per == DEVICE_HOUR_MS else _of_tokens(line)
+    units = "device-ms" if line.per == DEVICE_HOUR_MS else "tokens"
+    unit = "device-hour" if line.per == DEVICE_HOUR_MS else f"{line.per} tokens"
     # Rounded once to micros; a correction is a difference of two such amounts.
     exact = Fraction(line.quantity * line.price_micros, line.per)
     equals = "=" if exact == line.amount_micros else "≈"
     return (
-        f"{head}{line.product}, {window}: {line.quantity} device-ms "
+        f"{head}, {window}: {line.quantity} {units} "
         f"× {price} per {unit} (price {line.version}) {equals} {amount}"
     )
+
+
+def _of_tokens(line: InvoiceLine) -> str:
+    """Tokens' product names class and tier, their subject is the model."""
+    _, token_class, tier = line.product.split(":")
+    return f"{line.subject}, {token_class} tokens, tier {tier}"
 
 
 def _instant(at: datetime) -> str:

@@ -29,11 +29,12 @@ from sublet.money.billing.cover import (
     runs_out_at,
     warnings,
 )
+from sublet.money.billing.means import SCOPES, Payer, budgets_of, means, spent_of
 from sublet.money.billing.model import Cause, Runway, RunwayWarned
-from sublet.records import ledger, metering, tenancy
+from sublet.records import ledger, metering
 from sublet.records.ledger import Hold
 from sublet.records.metering import Meter
-from sublet.records.tenancy import Budget, ScopeKind
+from sublet.records.tenancy import Budget
 from sublet.rights import market
 from sublet.rights.market import Contract
 from sublet.shops import compute
@@ -57,14 +58,6 @@ class _Case:
         return self.meter.workload_id
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Limit:
-    """The most a hold may be, and which of the two limits it."""
-
-    micros: int
-    cause: Cause
-
-
 def keep(work: Work, organisation_id: str, meters: Sequence[Meter]) -> datetime:
     """One look at an organisation's open meters; returns when to look again.
 
@@ -72,7 +65,7 @@ def keep(work: Work, organisation_id: str, meters: Sequence[Meter]) -> datetime:
     is held: the balance cannot become negative.
     """
     cases = [_settled(work, meter) for meter in meters]
-    sold = [case for case in cases if not case.contract.is_first_party]
+    sold = [case for case in cases if case.contract.takes_hold]
     # Whose cover ends first takes first of credit that does not suffice for all.
     looks = [work.now + SETTLE_EVERY]
     looks += [_hold(work, case) for case in sorted(sold, key=lambda c: _held_until(work, c))]
@@ -125,7 +118,7 @@ def _hold(work: Work, case: _Case) -> datetime:
         if held is not None:
             _shrink(work, case, held)
         return work.now + SETTLE_EVERY
-    limit = _affordable(work, case.contract, held)
+    limit = means(work, _payer(case.contract), held)
     wanted = cover(
         case.ahead,
         case.running,
@@ -173,47 +166,12 @@ def _apply(work: Work, case: _Case, held: Hold | None, wanted: Cover) -> None:
         compute.extend_runway(work, case.workload_id, case.ahead.runway(wanted.until))
 
 
-def _affordable(work: Work, contract: Contract, held: Hold | None) -> _Limit:
-    own = 0 if held is None else held.amount_micros
-    credit = ledger.available(work.tx, contract.organisation_id).micros + own
-    limit = _Limit(micros=max(0, credit), cause=Cause.CREDIT)
-    for budget in _budgets(work.tx, contract):
-        left = budget.limit_micros - _spent(
-            work.tx, budget, work.now, without_hold=None if held is None else held.id
-        )
-        if left < limit.micros:
-            limit = _Limit(micros=max(0, left), cause=Cause.BUDGET)
-    return limit
-
-
-def _budgets(tx: Connection, contract: Contract) -> list[Budget]:
-    return tenancy.list_budgets(
-        tx,
+def _payer(contract: Contract) -> Payer:
+    return Payer(
         organisation_id=contract.organisation_id,
         project_id=contract.project_id,
         key_id=contract.key_id,
     )
-
-
-_SCOPES = {
-    ScopeKind.ORGANISATION: "organisation_id",
-    ScopeKind.PROJECT: "project_id",
-    ScopeKind.KEY: "key_id",
-}
-
-
-def _spent(
-    tx: Connection, budget: Budget, now: datetime, *, without_hold: str | None = None
-) -> int:
-    scope = {_SCOPES[budget.scope_kind]: budget.scope_id}
-    spent = ledger.spent(
-        tx,
-        start=period_start(now, budget.period),
-        end=period_end(now, budget.period),
-        without_hold=without_hold,
-        **scope,
-    )
-    return spent.micros
 
 
 def _warn(work: Work, organisation_id: str, cases: Sequence[_Case]) -> list[datetime]:
@@ -265,7 +223,7 @@ def _say(work: Work, case: _Case, cause: Cause, threshold: int, ends_at: datetim
 def _budget_ends(work: Work, case: _Case, cases: Sequence[_Case]) -> datetime | None:
     """When the tightest budget of a workload is used up; None where it renews itself first."""
     found: datetime | None = None
-    for budget in _budgets(work.tx, case.contract):
+    for budget in budgets_of(work.tx, _payer(case.contract)):
         inside = [other for other in cases if _is_inside(other.contract, budget)]
         burn = burn_micros_per_hour(other.burn for other in inside)
         start = period_start(work.now, budget.period)
@@ -274,7 +232,7 @@ def _budget_ends(work: Work, case: _Case, cases: Sequence[_Case]) -> datetime | 
             for other in inside
             if (hold := ledger.find_hold(work.tx, other.workload_id)) and hold.admitted_at >= start
         )
-        left = budget.limit_micros - _spent(work.tx, budget, work.now) + held
+        left = budget.limit_micros - spent_of(work.tx, budget, work.now) + held
         ends_at = runs_out_at(left, burn, work.now)
         renews_at = period_end(work.now, budget.period)
         if ends_at is None or (renews_at is not None and ends_at >= renews_at):
@@ -284,7 +242,7 @@ def _budget_ends(work: Work, case: _Case, cases: Sequence[_Case]) -> datetime | 
 
 
 def _is_inside(contract: Contract, budget: Budget) -> bool:
-    return bool(getattr(contract, _SCOPES[budget.scope_kind]) == budget.scope_id)
+    return bool(getattr(contract, SCOPES[budget.scope_kind]) == budget.scope_id)
 
 
 def runway(tx: Connection, organisation_id: str, now: datetime) -> Runway:
@@ -294,7 +252,7 @@ def runway(tx: Connection, organisation_id: str, now: datetime) -> Runway:
         if meter.organisation_id != organisation_id or meter.contract_id is None:
             continue
         contract = market.get_contract(tx, meter.contract_id)
-        if contract.is_first_party:
+        if not contract.takes_hold:
             continue
         terms = market.terms_of(tx, contract, now)
         price = terms.point_at(now)

@@ -1,4 +1,4 @@
-"""Billing's loop: keep what runs paid for, let holds lapse, issue what is due."""
+"""Billing's loop: keep what runs paid for, let holds lapse, reconcile tokens, issue what is due."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from datetime import datetime, timedelta
 
 from sublet.base.store import Actor, Store, Work
 from sublet.money.billing import store as rows
+from sublet.money.billing.allowances import held_subjects
 from sublet.money.billing.invoice import closes_at
 from sublet.money.billing.invoices import issue_due, next_to_close
 from sublet.money.billing.keeping import keep
+from sublet.money.billing.tokens import is_reconciliation_due, reconcile_tokens
 from sublet.records import ledger, metering
 from sublet.shops import compute
 
@@ -34,6 +36,11 @@ def step(store: Store, now: datetime) -> datetime:
             failures.append(error)
     with store.work(ACTOR) as work:
         lapse(work)
+    with store.read() as tx:
+        is_due = is_reconciliation_due(tx, now)
+    if is_due:
+        with store.work(ACTOR) as work:
+            reconcile_tokens(work, work.now)
     for _ in range(MONTHS_A_STEP):
         with store.read() as tx:
             month = next_to_close(tx)
@@ -68,7 +75,9 @@ def look(work: Work, organisation_id: str) -> None:
 
 
 def lapse(work: Work) -> list[ledger.Hold]:
-    """Release holds that have expired, but for those of workloads with a run or an open meter."""
+    """Release holds that have expired, but for those of workloads with a run or an open meter, and
+    those of gateways whose spool may still say what was spent of them."""
     keep_held = {meter.workload_id for meter in metering.list_open_meters(work.tx)}
     keep_held |= {run.workload_id for run in compute.list_live_runs(work.tx)}
+    keep_held |= held_subjects(work.tx)
     return ledger.lapse(work, work.now, keep_held)

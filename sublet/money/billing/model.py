@@ -170,6 +170,17 @@ class InvoiceIssued(Event):
     total_micros: int
 
 
+@dataclass(frozen=True, slots=True)
+class TokenGapFound(Event):
+    """A replica counted more tokens than are recorded of it, or, below zero, fewer."""
+
+    kind: ClassVar[str] = "billing.token_gap_found"
+    replica_id: str
+    input_tokens: int
+    cached_tokens: int
+    output_tokens: int
+
+
 class AlreadySignedUp(Conflict):
     """This address has signed up already: use its key, or sign up with another address."""
 

@@ -1,10 +1,13 @@
-"""Use that happened: meters of runs, and what every device was doing.
+"""Use that happened: meters of runs, what every device was doing, tokens of requests.
 
-Owns     meters, usage (immutable; a correction is a new row), spans of devices.
+Owns     meters, usage (immutable; a correction is a new row), spans of devices, token usage (the
+         same), how far each gateway's spool is kept, what engines say of themselves.
 Always   the usage of a run is contiguous and without overlap from its opening to `metered_to`, and
-         never passes the last evidence; the spans of a device partition time in whole milliseconds.
+         never passes the last evidence; the spans of a device partition time in whole milliseconds;
+         a usage event is kept once, in the transaction that moves its spool's mark.
 Callers  compute opens, advances and closes meters and switches devices, fleet begins them, market
-         rates `windows`, economics reads `partition`. Ids mean nothing here; no money is known.
+         rates `windows`, economics reads `partition`, billing ingests spools and rates their
+         tokens, models keeps engines' readings. Ids mean nothing here; no money is known.
 """
 
 from sublet.records.metering.model import (
@@ -36,31 +39,83 @@ from sublet.records.metering.service import (
     windows,
     windows_of_run,
 )
+from sublet.records.metering.token_model import (
+    Epoch,
+    EpochClosed,
+    EpochState,
+    Gap,
+    Reading,
+    ReplicaTotals,
+    Sums,
+    TokenCorrectionRefused,
+    TokenUsage,
+    TokenUsageNotFound,
+    UsageInconsistent,
+)
+from sublet.records.metering.tokens import (
+    close_epoch,
+    correct_tokens,
+    find_last_served,
+    find_token_usage,
+    ingest,
+    keep_reading,
+    list_epochs,
+    list_readings,
+    list_token_usage,
+    open_epoch,
+    replica_totals,
+    spool_position,
+    token_sums,
+)
 
 __all__ = [
     "CorrectionRefused",
+    "Epoch",
+    "EpochClosed",
+    "EpochState",
+    "Gap",
     "Meter",
     "MeterClosed",
     "MeterNotFound",
     "MeterParty",
+    "Reading",
+    "ReplicaTotals",
     "Span",
+    "Sums",
+    "TokenCorrectionRefused",
+    "TokenUsage",
+    "TokenUsageNotFound",
     "Usage",
+    "UsageInconsistent",
     "UsageKind",
     "Use",
     "advance",
     "begin_device",
+    "close_epoch",
     "close_meter",
     "correct",
+    "correct_tokens",
     "find_beginning",
+    "find_last_served",
     "find_meter",
+    "find_token_usage",
     "get_meter",
+    "ingest",
+    "keep_reading",
+    "list_epochs",
     "list_meters",
     "list_open_meters",
+    "list_readings",
     "list_spans",
+    "list_token_usage",
     "list_usage",
+    "open_epoch",
     "open_meter",
     "partition",
+    "replica_totals",
+    "spool_position",
     "switch_device",
+    "token_sums",
     "windows",
     "windows_of_run",
 ]

@@ -96,10 +96,24 @@ class Principal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one key may use at most; None: as much as its organisation."""
+    """What one key, project or organisation may use at most; None: no limit of its own.
+
+    They bind together: a call must fit its key's, its project's and its organisation's.
+    """
 
     max_devices: int | None = None
+    """Of keys only."""
     requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    tokens_per_day: int | None = None
+    """Input, cached and output together; the day is UTC."""
+    models: tuple[str, ...] | None = None
+    """Names of models that may be called; None: all that there are."""
+
+    def __post_init__(self) -> None:
+        if self.models is not None:
+            # A list, as it comes from JSON, or names twice and in any order: one form of it.
+            object.__setattr__(self, "models", tuple(sorted(set(self.models))))
 
 
 NO_LIMITS = Limits()
@@ -170,6 +184,66 @@ class StandingChanged(Event):
     before: str
     after: str
     why: str
+
+
+class KeyChange(StrEnum):
+    """What happened to a key."""
+
+    MADE = "made"
+    REVOKED = "revoked"
+    LIMITS = "limits"
+    ROLE = "role"
+
+
+@dataclass(frozen=True, slots=True)
+class KeyChanged(Event):
+    """A key was made or revoked, or may now do more or less: snapshots of keys are stale."""
+
+    kind: ClassVar[str] = "tenancy.key_changed"
+
+    key_id: str
+    organisation_id: str
+    change: str
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsChanged(Event):
+    """A project or an organisation has other limits now: snapshots of limits are stale."""
+
+    kind: ClassVar[str] = "tenancy.limits_changed"
+
+    scope_kind: str
+    scope_id: str
+    organisation_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidKey:
+    """What a snapshot says of one key that is valid now. `role`: what it and its principal share."""
+
+    digest: str
+    key_id: str
+    organisation_id: str
+    organisation_kind: OrganisationKind
+    standing: Standing
+    project_id: str | None
+    role: Role
+    expires_at: datetime | None
+    limits: Limits
+
+    @property
+    def is_first_party(self) -> bool:
+        return self.organisation_kind is OrganisationKind.OWNER
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScopeLimits:
+    """The limits of one project or organisation."""
+
+    scope_kind: ScopeKind
+    scope_id: str
+    organisation_id: str
+    limits: Limits
 
 
 class OrganisationNotFound(NotFound):

@@ -4,10 +4,11 @@
     read                            ×      ×     ×
     read_money                      ×      ×     ×
     rent, stop, attach                     ×     ×
+    call_models                            ×     ×
     manage_projects … read_audit                 ×
     read_fleet, read_books          ×      ×     ×        ×
-    use_first_party                        ×     ×        ×
-    administer_fleet … set_prices                ×        ×
+    use_first_party, deploy                ×     ×        ×
+    administer_fleet … manage_models             ×        ×
 
 A key bound to a project does what concerns that project, and nothing of the whole organisation.
 Another organisation's things do not exist for a key, but for the money and the audit of consumers,
@@ -21,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from typing import Any
 
 from sublet.base.kernel.errors import Forbidden
 from sublet.base.store import Actor
@@ -53,6 +55,8 @@ class Action(StrEnum):
     """Stop, cancel, terminate."""
     ATTACH = "attach"
     """Log in, run commands, copy files."""
+    CALL_MODELS = "call_models"
+    """Send requests to models and be charged for their tokens."""
     MANAGE_PROJECTS = "manage_projects"
     MANAGE_KEYS = "manage_keys"
     MANAGE_MEMBERS = "manage_members"
@@ -64,6 +68,8 @@ class Action(StrEnum):
     """The owner's statement."""
     USE_FIRST_PARTY = "use_first_party"
     """File the owner's own claims and run on them."""
+    DEPLOY = "deploy"
+    """Put models on the fleet's devices, scale and retire them."""
     ADMINISTER_FLEET = "administer_fleet"
     """Cordon and drain, costs, firm shelf, broken notices."""
     RECALL = "recall"
@@ -71,10 +77,12 @@ class Action(StrEnum):
     SET_PRICES = "set_prices"
     ADMINISTER_ORGANISATIONS = "administer_organisations"
     """Standing, credit, payments, all organisations' lists."""
+    MANAGE_MODELS = "manage_models"
+    """The catalogue: models, their prices and lifecycle, who is granted a sealed one."""
 
 
 _VIEWER = frozenset({Action.READ, Action.READ_MONEY})
-_MEMBER = _VIEWER | {Action.RENT, Action.STOP, Action.ATTACH}
+_MEMBER = _VIEWER | {Action.RENT, Action.STOP, Action.ATTACH, Action.CALL_MODELS}
 _ADMIN = _MEMBER | {
     Action.MANAGE_PROJECTS,
     Action.MANAGE_KEYS,
@@ -83,12 +91,13 @@ _ADMIN = _MEMBER | {
     Action.READ_AUDIT,
 }
 _OWNER_VIEWER = frozenset({Action.READ_FLEET, Action.READ_BOOKS})
-_OWNER_MEMBER = _OWNER_VIEWER | {Action.USE_FIRST_PARTY}
+_OWNER_MEMBER = _OWNER_VIEWER | {Action.USE_FIRST_PARTY, Action.DEPLOY}
 _OWNER_ADMIN = _OWNER_MEMBER | {
     Action.ADMINISTER_FLEET,
     Action.RECALL,
     Action.SET_PRICES,
     Action.ADMINISTER_ORGANISATIONS,
+    Action.MANAGE_MODELS,
 }
 ROLES: Mapping[tuple[OrganisationKind, Role], frozenset[Action]] = {
     (OrganisationKind.CONSUMER, Role.VIEWER): _VIEWER,
@@ -244,10 +253,10 @@ def inherited(maker: Identity, principal: Principal, asked: KeyTerms) -> KeyTerm
         raise _beyond("role", f"this key's role is {maker.role.value}")
     if own.expires_at is not None and (asked.expires_at or own.expires_at) > own.expires_at:
         raise _beyond("expires_at", f"this key expires at {own.expires_at.isoformat()}")
-    limits: dict[str, int | None] = {}
+    limits: dict[str, Any] = {}
     for field in dataclasses.fields(Limits):
         most, wanted = getattr(own.limits, field.name), getattr(asked.limits, field.name)
-        if most is not None and wanted is not None and wanted > most:
+        if most is not None and wanted is not None and _exceeds(wanted, most):
             raise _beyond(f"limits.{field.name}", f"this key's limit is {most}")
         limits[field.name] = most if wanted is None else wanted
     role = asked.role
@@ -260,6 +269,21 @@ def inherited(maker: Identity, principal: Principal, asked: KeyTerms) -> KeyTerm
         expires_at=asked.expires_at or own.expires_at,
         limits=Limits(**limits),
     )
+
+
+def _exceeds(wanted: Any, most: Any) -> bool:
+    """Numbers are limits from above, lists of names what there is to choose from."""
+    if isinstance(most, tuple):
+        return not set(wanted) <= set(most)
+    return bool(wanted > most)
+
+
+def may(
+    kind: OrganisationKind, standing: Standing, role: Role, project_id: str | None, action: Action
+) -> bool:
+    """Whether a key of that role, bound to that project or to none, may do it."""
+    in_scope = project_id is None or action in _IN_A_PROJECT
+    return action in ROLES[kind, role] and may_under(standing, action) and in_scope
 
 
 def _beyond(param: str, why: str) -> Forbidden:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+from collections.abc import Sequence
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, TypeVar, get_args
 
-from sqlalchemy import Connection
+from sqlalchemy import ColumnElement, Connection
 
 from sublet.base.kernel.errors import Invalid, Unauthenticated
 from sublet.base.kernel.interval import Period
@@ -21,9 +22,12 @@ from sublet.records.tenancy.model import (
     Budget,
     EmailTaken,
     Key,
+    KeyChange,
+    KeyChanged,
     KeyNotFound,
     LastAdmin,
     Limits,
+    LimitsChanged,
     NameTaken,
     Organisation,
     OrganisationKind,
@@ -36,8 +40,10 @@ from sublet.records.tenancy.model import (
     ProjectNotFound,
     Role,
     ScopeKind,
+    ScopeLimits,
     Standing,
     StandingChanged,
+    ValidKey,
 )
 from sublet.records.tenancy.policy import Identity
 
@@ -134,6 +140,8 @@ def change_role(work: Work, principal_id: str, role: Role | str) -> Principal:
     _keep_an_admin(work, principal)
     changed = dataclasses.replace(principal, role=role, version=principal.version + 1)
     store.update_principal(work.tx, changed)
+    for key in store.list_keys(work.tx, *_live_keys_of(principal_id), limit=None):
+        _tell(work, key, KeyChange.ROLE)
     return changed
 
 
@@ -141,10 +149,26 @@ def remove_principal(work: Work, principal_id: str) -> Principal:
     """Remove a user or service account and revoke its keys. PrincipalNotFound, LastAdmin."""
     principal = get_principal(work.tx, principal_id)
     _keep_an_admin(work, principal)
-    store.revoke_keys(work.tx, work.now, store.keys.c.principal_id == principal_id)
+    _revoke_all(work, principal_id)
     removed = dataclasses.replace(principal, removed_at=work.now, version=principal.version + 1)
     store.update_principal(work.tx, removed)
     return removed
+
+
+def _live_keys_of(principal_id: str) -> tuple[ColumnElement[bool], ...]:
+    return (store.keys.c.principal_id == principal_id, store.keys.c.revoked_at.is_(None))
+
+
+def _revoke_all(work: Work, principal_id: str) -> None:
+    live = _live_keys_of(principal_id)
+    found = store.list_keys(work.tx, *live, limit=None)
+    store.revoke_keys(work.tx, work.now, *live)
+    for key in found:
+        _tell(work, key, KeyChange.REVOKED)
+
+
+def _tell(work: Work, key: Key, change: KeyChange) -> None:
+    work.emit(KeyChanged(key_id=key.id, organisation_id=key.organisation_id, change=change.value))
 
 
 def _keep_an_admin(work: Work, principal: Principal) -> None:
@@ -190,10 +214,7 @@ def create_key(
         )
     if expires_at is not None and expires_at <= work.now:
         raise Invalid("A key expires in the future, or never.", param="expires_at")
-    for field in dataclasses.fields(limits):
-        value = getattr(limits, field.name)
-        if value is not None and value < 0:
-            raise Invalid("A limit is a whole number from 0 up, or null.", param=field.name)
+    _check_limits(limits)
     secret = work.ids.secret("sk")
     values: dict[str, Any] = {
         "id": work.ids.new("key"),
@@ -210,7 +231,18 @@ def create_key(
         "revoked_at": None,
     }
     row = {**values, "limits": dataclasses.asdict(limits)}
-    return Key(**values, seq=store.insert(work.tx, store.keys, row)), secret
+    key = Key(**values, seq=store.insert(work.tx, store.keys, row))
+    _tell(work, key, KeyChange.MADE)
+    return key, secret
+
+
+def _check_limits(limits: Limits) -> None:
+    for field in dataclasses.fields(limits):
+        value = getattr(limits, field.name)
+        if isinstance(value, int) and value < 0:
+            raise Invalid("A limit is a whole number from 0 up, or null.", param=field.name)
+    for name in limits.models or ():
+        _name(name, "models")
 
 
 def revoke_key(work: Work, key_id: str) -> Key:
@@ -219,6 +251,7 @@ def revoke_key(work: Work, key_id: str) -> Key:
     if key.revoked_at is not None:
         return key
     store.revoke_keys(work.tx, work.now, store.keys.c.id == key_id)
+    _tell(work, key, KeyChange.REVOKED)
     return dataclasses.replace(key, revoked_at=work.now)
 
 
@@ -238,7 +271,7 @@ def recover_owner(work: Work) -> tuple[Key, str]:
         principals.role == Role.ADMIN,
         limit=1,
     )
-    store.revoke_keys(work.tx, work.now, store.keys.c.principal_id == admin.id)
+    _revoke_all(work, admin.id)
     key, secret = create_key(work, admin.id, name="recovered")
     audit(
         work,
@@ -317,7 +350,8 @@ def set_budget(work: Work, budget: Budget) -> Budget:
         raise Invalid(f"`period` is one of {', '.join(get_args(Period))}.", param="period")
     if budget.limit_micros < 0:
         raise Invalid("A budget is not negative.", param="limit_micros")
-    store.set_budget(work.tx, _organisation_of(work.tx, budget), budget)
+    organisation_id = _organisation_of(work.tx, budget.scope_kind, budget.scope_id)
+    store.set_budget(work.tx, organisation_id, budget)
     return budget
 
 
@@ -326,12 +360,12 @@ def clear_budget(work: Work, budget: Budget) -> None:
     store.delete_budget(work.tx, budget)
 
 
-def _organisation_of(tx: Connection, budget: Budget) -> str:
-    if budget.scope_kind is ScopeKind.ORGANISATION:
-        return get_organisation(tx, budget.scope_id).id
-    if budget.scope_kind is ScopeKind.PROJECT:
-        return get_project(tx, budget.scope_id).organisation_id
-    return get_key(tx, budget.scope_id).organisation_id
+def _organisation_of(tx: Connection, scope_kind: ScopeKind, scope_id: str) -> str:
+    if scope_kind is ScopeKind.ORGANISATION:
+        return get_organisation(tx, scope_id).id
+    if scope_kind is ScopeKind.PROJECT:
+        return get_project(tx, scope_id).organisation_id
+    return get_key(tx, scope_id).organisation_id
 
 
 def list_budgets(
@@ -350,6 +384,58 @@ def list_budgets(
             ScopeKind.KEY: key_id,
         },
     )
+
+
+def set_limits(work: Work, scope_kind: ScopeKind | str, scope_id: str, limits: Limits) -> Limits:
+    """Limit a key, a project or an organisation; replaces the limits that it had.
+
+    Told by KeyChanged or LimitsChanged. Raises Invalid, and NotFound where the scope does not
+    exist.
+    """
+    scope_kind = _choice(ScopeKind, scope_kind, "scope_kind")
+    _check_limits(limits)
+    organisation_id = _organisation_of(work.tx, scope_kind, scope_id)
+    if scope_kind is ScopeKind.KEY:
+        store.set_key_limits(work.tx, scope_id, limits)
+        _tell(work, get_key(work.tx, scope_id), KeyChange.LIMITS)
+        return limits
+    if limits.max_devices is not None:
+        raise Invalid("`max_devices` is a limit of keys.", param="max_devices")
+    found = ScopeLimits(
+        scope_kind=scope_kind, scope_id=scope_id, organisation_id=organisation_id, limits=limits
+    )
+    store.set_limits(work.tx, found, work.now)
+    work.emit(
+        LimitsChanged(
+            scope_kind=scope_kind.value, scope_id=scope_id, organisation_id=organisation_id
+        )
+    )
+    return limits
+
+
+def get_limits(tx: Connection, scope_kind: ScopeKind | str, scope_id: str) -> Limits:
+    """A scope's own limits; NO_LIMITS where none are set. NotFound where it does not exist."""
+    scope_kind = _choice(ScopeKind, scope_kind, "scope_kind")
+    if scope_kind is ScopeKind.KEY:
+        return get_key(tx, scope_id).limits
+    _organisation_of(tx, scope_kind, scope_id)
+    found = store.list_limits(tx, [scope_id])
+    return found[0].limits if found else NO_LIMITS
+
+
+def list_limits(tx: Connection, scope_ids: Sequence[str] | None = None) -> list[ScopeLimits]:
+    """The limits set on these projects and organisations; None: on all of them."""
+    return store.list_limits(tx, scope_ids)
+
+
+def list_valid_keys(tx: Connection, now: datetime) -> list[ValidKey]:
+    """Every key that is valid at `now`, oldest first: what a snapshot says of them."""
+    return store.list_valid_keys(tx, now)
+
+
+def find_valid_key(tx: Connection, key_id: str, now: datetime) -> ValidKey | None:
+    """One of them; None: it is revoked, expired, its principal's gone, or there is none."""
+    return store.find_valid_key(tx, key_id, now)
 
 
 def find_owner(tx: Connection) -> Organisation | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -22,7 +23,9 @@ from sublet.records.tenancy.model import (
     Project,
     Role,
     ScopeKind,
+    ScopeLimits,
     Standing,
+    ValidKey,
 )
 
 _SEQ = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
@@ -105,6 +108,17 @@ budgets = sa.Table(
     sa.Column("organisation_id", sa.String(40), nullable=False, index=True),
     sa.Column("limit_micros", sa.BigInteger, nullable=False),
 )
+
+limits = sa.Table(
+    "tenancy_limit",
+    metadata,
+    sa.Column("scope_kind", sa.String(24), primary_key=True),
+    sa.Column("scope_id", sa.String(40), primary_key=True),
+    sa.Column("organisation_id", sa.String(40), nullable=False, index=True),
+    sa.Column("limits", Json, nullable=False),
+    sa.Column("changed_at", Instant, nullable=False),
+)
+"""Of organisations and projects; those of a key stand in its own row."""
 
 audit = sa.Table(
     "tenancy_audit",
@@ -228,6 +242,59 @@ def revoke_keys(tx: Connection, at: datetime, *where: sa.ColumnElement[bool]) ->
     tx.execute(keys.update().where(keys.c.revoked_at.is_(None), *where).values(revoked_at=at))
 
 
+def set_key_limits(tx: Connection, key_id: str, limits_: Limits) -> None:
+    tx.execute(keys.update().where(keys.c.id == key_id).values(limits=dataclasses.asdict(limits_)))
+
+
+_VALID_KEYS = (
+    sa.select(
+        keys.c.digest,
+        keys.c.id,
+        keys.c.organisation_id,
+        organisations.c.kind,
+        organisations.c.standing,
+        keys.c.project_id,
+        keys.c.role,
+        principals.c.role.label("most"),
+        keys.c.expires_at,
+        keys.c.limits,
+    )
+    .join_from(keys, principals, principals.c.id == keys.c.principal_id)
+    .join(organisations, organisations.c.id == keys.c.organisation_id)
+    .where(
+        keys.c.revoked_at.is_(None),
+        keys.c.expires_at.is_(None) | (keys.c.expires_at > sa.bindparam("now", type_=Instant)),
+        principals.c.removed_at.is_(None),
+    )
+    .order_by(keys.c.seq)
+)
+_VALID_KEY = _VALID_KEYS.where(keys.c.id == sa.bindparam("of"))
+
+
+def list_valid_keys(tx: Connection, now: datetime) -> list[ValidKey]:
+    return [_valid_key(row) for row in tx.execute(_VALID_KEYS, {"now": now})]
+
+
+def find_valid_key(tx: Connection, key_id: str, now: datetime) -> ValidKey | None:
+    row = tx.execute(_VALID_KEY, {"now": now, "of": key_id}).one_or_none()
+    return None if row is None else _valid_key(row)
+
+
+def _valid_key(row: Any) -> ValidKey:
+    most = Role(row.most)
+    return ValidKey(
+        digest=row.digest,
+        key_id=row.id,
+        organisation_id=row.organisation_id,
+        organisation_kind=OrganisationKind(row.kind),
+        standing=Standing(row.standing),
+        project_id=row.project_id,
+        role=most if row.role is None else most.up_to(Role(row.role)),
+        expires_at=row.expires_at,
+        limits=Limits(**row.limits),
+    )
+
+
 def find_bearer(tx: Connection, digest: str) -> tuple[Organisation, Principal, Key] | None:
     """Whom a secret's digest names, in one query: this runs on every request."""
     row = tx.execute(_BEARER, {"digest": digest}).one_or_none()
@@ -288,6 +355,48 @@ _BUDGETS = (
 def list_budgets(tx: Connection, scopes: dict[ScopeKind, str | None]) -> list[Budget]:
     rows = tx.execute(_BUDGETS, {kind.value: scopes.get(kind) for kind in ScopeKind})
     return [Budget(**{**row._asdict(), "scope_kind": ScopeKind(row.scope_kind)}) for row in rows]
+
+
+def set_limits(tx: Connection, found: ScopeLimits, at: datetime) -> None:
+    values = {"limits": dataclasses.asdict(found.limits), "changed_at": at}
+    changed = tx.execute(
+        limits.update()
+        .where(limits.c.scope_kind == found.scope_kind, limits.c.scope_id == found.scope_id)
+        .values(**values)
+    )
+    if changed.rowcount == 0:
+        tx.execute(
+            limits.insert().values(
+                scope_kind=found.scope_kind,
+                scope_id=found.scope_id,
+                organisation_id=found.organisation_id,
+                **values,
+            )
+        )
+
+
+_LIMITS = sa.select(
+    limits.c.scope_kind, limits.c.scope_id, limits.c.organisation_id, limits.c.limits
+).order_by(limits.c.scope_kind, limits.c.scope_id)
+_LIMITS_OF = _LIMITS.where(limits.c.scope_id.in_(sa.bindparam("of", expanding=True)))
+
+
+def list_limits(tx: Connection, scope_ids: Sequence[str] | None = None) -> list[ScopeLimits]:
+    """All that are set, or those of the scopes named."""
+    rows = (
+        tx.execute(_LIMITS)
+        if scope_ids is None
+        else tx.execute(_LIMITS_OF, {"of": list(scope_ids)})
+    )
+    return [
+        ScopeLimits(
+            scope_kind=ScopeKind(row.scope_kind),
+            scope_id=row.scope_id,
+            organisation_id=row.organisation_id,
+            limits=Limits(**row.limits),
+        )
+        for row in rows
+    ]
 
 
 _ANSWER = sa.select(answers).where(

@@ -5,7 +5,7 @@ Always   a price once posted, quoted or agreed never changes; an hour's spot pri
          longest notice and grace before it and differs from the hour before by at most 20 %;
          what is posted to the ledger for a contract is `rate(all that was metered)`, and its
          interruption credits never exceed that.
-Callers  edges quote, compute accepts and settles, billing settles and covers, owner reads what a
+Callers  edges quote, compute accepts, serves and settles, billing settles and covers, owner reads what a
          displacement costs. Contracts become claims here; the book knows only claims.
 """
 
@@ -19,6 +19,7 @@ from sublet.rights.market.model import (
     ContractOver,
     ContractStarted,
     ContractState,
+    DemandUnmet,
     FencesMissing,
     NoRateCard,
     NoticeChoice,
@@ -68,7 +69,9 @@ from sublet.rights.market.service import (
     rate_so_far,
     rehold,
     terms_of,
+    was_unmet,
 )
+from sublet.rights.market.serving import MAX_DRAIN_SECONDS, serve
 from sublet.rights.market.settlement import (
     FIRST_PARTY_CREDIT,
     INTERRUPTION_CREDIT,
@@ -81,6 +84,7 @@ __all__ = [
     "FIRST_PARTY_CREDIT",
     "INTERRUPTION_CREDIT",
     "LOSS",
+    "MAX_DRAIN_SECONDS",
     "USAGE",
     "BudgetExceeded",
     "Closed",
@@ -90,6 +94,7 @@ __all__ = [
     "ContractOver",
     "ContractStarted",
     "ContractState",
+    "DemandUnmet",
     "FencesMissing",
     "NoRateCard",
     "NoticeChoice",
@@ -133,8 +138,10 @@ __all__ = [
     "rate_so_far",
     "rehold",
     "seed_rate_card",
+    "serve",
     "settle",
     "spot_terms",
     "step",
     "terms_of",
+    "was_unmet",
 ]

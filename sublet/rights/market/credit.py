@@ -18,6 +18,7 @@ RULES = {
     Product.SPOT: DisplacementRule.YOUNG_RUN,
     Product.ON_DEMAND: DisplacementRule.RUNNING_HOUR,
     Product.FIRST_PARTY: DisplacementRule.NONE,
+    Product.SERVING: DisplacementRule.NONE,
 }
 SENTENCES = {
     DisplacementRule.YOUNG_RUN: (

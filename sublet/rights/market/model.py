@@ -23,6 +23,9 @@ class Product(StrEnum):
     ON_DEMAND = "on_demand"
     FIRST_PARTY = "first_party"
     """The owner's own use: at the posted spot price, credited in full. It is on no rate card."""
+    SERVING = "serving"
+    """Devices for a model server: free of charge, for it is its tokens that are sold. On no rate
+    card, and never quoted."""
 
 
 def priced(micros: int, factor_permille: int) -> int:
@@ -167,9 +170,11 @@ class Contract:
     project_id: str | None
     key_id: str | None
     quote_id: str
+    """Serving was not quoted: its contract's own id."""
     subject: str
     product: Product
     offer_id: str
+    """Serving: `serving-filler` or `serving-minimum`."""
     pool_id: str
     devices: int
     count: int
@@ -197,6 +202,15 @@ class Contract:
     @property
     def is_first_party(self) -> bool:
         return self.product is Product.FIRST_PARTY
+
+    @property
+    def is_serving(self) -> bool:
+        return self.product is Product.SERVING
+
+    @property
+    def takes_hold(self) -> bool:
+        """It is paid for out of credit, so credit is held while it runs."""
+        return not (self.is_first_party or self.is_serving)
 
     @property
     def displacement(self) -> Displacement:
@@ -281,6 +295,16 @@ class ContractEnded(Event):
     contract_id: str
     organisation_id: str
     subject: str
+
+
+@dataclass(frozen=True, slots=True)
+class DemandUnmet(Event):
+    """Somebody was refused, and what they wanted is kept."""
+
+    kind: ClassVar[str] = "market.demand_unmet"
+    organisation_id: str
+    pool_id: str | None
+    reason: str
 
 
 class OfferNotFound(NotFound):

@@ -21,7 +21,7 @@ from sublet.base.store import Work
 from sublet.capacity import fleet
 from sublet.capacity.allocation import Claim, Party, Rank, Release, Urgency, find_claim_of
 from sublet.records import ledger, metering, tenancy
-from sublet.rights.market import credit, prices, store
+from sublet.rights.market import credit, prices, serving, store
 from sublet.rights.market.model import (
     CURRENCY,
     BudgetExceeded,
@@ -31,6 +31,7 @@ from sublet.rights.market.model import (
     ContractOver,
     ContractStarted,
     ContractState,
+    DemandUnmet,
     FencesMissing,
     Offer,
     PriceAboveLimit,
@@ -247,7 +248,7 @@ def accept(work: Work, identity: tenancy.Identity, quote: str | Quote, *, subjec
     if found.contract_id is not None:
         raise QuoteAccepted(param="quote_id")
     contract = _agreed(work, identity, found, subject)
-    if not contract.is_first_party:
+    if contract.takes_hold:
         _require_devices(work.tx, identity, contract)
     contract = store.insert_contract(work.tx, contract)
     store.keep_acceptance(work.tx, found.id, contract.id)
@@ -320,7 +321,7 @@ def rehold(work: Work, contract_id: str, identity: tenancy.Identity | None = Non
     contract = get_contract(work.tx, contract_id)
     if contract.state is not ContractState.ACTIVE:
         raise ContractOver(contract_id=contract_id)
-    if contract.is_first_party or ledger.find_hold(work.tx, contract.subject) is not None:
+    if not contract.takes_hold or ledger.find_hold(work.tx, contract.subject) is not None:
         return
     _require_devices(work.tx, identity or _identity_of(work.tx, contract), contract)
     _check_limit(work, contract)
@@ -356,7 +357,7 @@ def _check_limit(work: Work, contract: Contract) -> None:
 
 
 def _hold(work: Work, contract: Contract) -> None:
-    if contract.is_first_party:
+    if not contract.takes_hold:
         return
     terms = terms_of(work.tx, contract, None)
     amount = hold_for(terms, contract.units, work.now, contract.hold_seconds)
@@ -431,10 +432,10 @@ def cover(work: Work, contract_id: str, until: datetime) -> bool:
     """Extend the contract's hold so that its run is paid for up to `until`; False: no credit.
 
     What was used and not yet posted is in it. A hold never shrinks here, nor ends earlier.
-    First-party use needs none. It passes over budgets: a promise once given is kept.
+    First-party use and serving need none. It passes over budgets: a promise once given is kept.
     """
     contract = get_contract(work.tx, contract_id)
-    if contract.is_first_party:
+    if not contract.takes_hold:
         return True
     meters = [m for m in metering.list_meters(work.tx, contract_id=contract_id) if m.is_open]
     start = min((m.metered_to for m in meters), default=work.now)
@@ -478,7 +479,7 @@ def claim_of(contract: Contract, *, claim_id: str, holder: str, now: datetime) -
         pool_id=contract.pool_id,
         party=Party.FIRST_PARTY if contract.is_first_party else Party.SALE,
         urgency=Urgency.URGENT if contract.is_first_party else None,
-        rank=RANKS[contract.product],
+        rank=serving.rank_of(contract) if contract.is_serving else RANKS[contract.product],
         devices=contract.devices,
         count=contract.count,
         whole_node=contract.whole_node,
@@ -631,6 +632,12 @@ def note_unmet(
         reason=reason,
         at=work.now,
     )
+    work.emit(DemandUnmet(organisation_id=organisation_id, pool_id=pool_id, reason=reason))
+
+
+def was_unmet(tx: Connection, pool_id: str, reason: str, *, since: datetime) -> bool:
+    """Somebody was refused there for that reason since then."""
+    return store.was_unmet(tx, pool_id, reason, since)
 
 
 def list_unmet(tx: Connection, after: int | None, limit: int) -> list[Unmet]:

@@ -36,12 +36,14 @@ def settle(work: Work, contract_id: str, *, closed: Closed | None = None) -> Mon
 
     Call it in the Work that advances or closes the meter. The hold shrinks by what is posted, and
     ends with the run. Doing it twice posts once. Returns the usage posted now (negative where a
-    correction took some back). What the customer's credit does not cover stays unposted, and is
+    correction took some back); serving never becomes money. What the customer's credit does not cover stays unposted, and is
     the owner's loss with `closed`: closing never fails for want of money.
     """
     contract = store.find_contract(work.tx, contract_id, lock=True)
     if contract is None:
         raise ContractNotFound(contract_id=contract_id)
+    if contract.is_serving:
+        return Money(0, contract.currency)
     windows = metering.windows(work.tx, contract_id, "held")
     terms = service.terms_of(work.tx, contract, None)
     usage = rate(terms, windows)

@@ -158,7 +158,7 @@ unmet = sa.Table(
     sa.Column("duration_seconds", sa.BigInteger),
     sa.Column("price_micros", sa.BigInteger),
     sa.Column("reason", sa.String(40), nullable=False),
-    sa.Column("at", Instant, nullable=False),
+    sa.Column("at", Instant, nullable=False, index=True),
 )
 
 
@@ -398,6 +398,11 @@ def keep_posting(
 
 def insert_unmet(tx: Connection, **values: Any) -> None:
     tx.execute(unmet.insert().values(**values))
+
+
+def was_unmet(tx: Connection, pool_id: str, reason: str, since: datetime) -> bool:
+    newest = sa.select(unmet).where(unmet.c.at >= since, unmet.c.pool_id == pool_id)
+    return tx.execute(newest.where(unmet.c.reason == reason).limit(1)).first() is not None
 
 
 def list_unmet(tx: Connection, after: int | None, limit: int) -> list[Unmet]:

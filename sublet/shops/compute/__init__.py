@@ -1,11 +1,12 @@
-"""Raw compute: instances and jobs.
+"""Raw compute: instances, jobs, and the replicas that serve models.
 
 Owns     workloads, their runs, every transition.
 Always   a workload has at most one run that is not over; a meter opens at the engine's own check
          and closes at SIGTERM when we end the run, at its observed exit when it ends by itself or
          its consumer stops it, at the last evidence when nobody saw its end; devices are given
-         back only after their scrub; interruptions never count against retries.
-Callers  edges rent, start, stop and change; billing extends runways and stops for its reasons; the
+         back only after their scrub; interruptions never count against retries; a sealed replica
+         and a stranger's workload are never on one node at one time.
+Callers  edges rent, start, stop and change; models rents replicas; billing extends runways and stops for its reasons; the
          loop runner steps `ComputeLoop`, which alone calls the engine.
 """
 
@@ -19,14 +20,18 @@ from sublet.shops.compute.model import (
     Reason,
     Run,
     RunState,
+    SealedNode,
+    ServerSpec,
     ShutdownBegun,
     StopAnswer,
+    StrangersPresent,
     Transition,
     Workload,
     WorkloadChanged,
     WorkloadNotFound,
     WorkloadSpec,
 )
+from sublet.shops.compute.replicas import rent_replica
 from sublet.shops.compute.service import (
     begin_shutdown,
     cancel,
@@ -68,10 +73,13 @@ __all__ = [
     "Reason",
     "Run",
     "RunState",
+    "SealedNode",
+    "ServerSpec",
     "ShutdownBegun",
     "State",
     "Step",
     "StopAnswer",
+    "StrangersPresent",
     "Transition",
     "Workload",
     "WorkloadChanged",
@@ -95,6 +103,7 @@ __all__ = [
     "list_workloads",
     "location",
     "rent",
+    "rent_replica",
     "start",
     "stop",
     "stop_for",

@@ -15,7 +15,7 @@ from sublet.capacity import allocation
 from sublet.capacity.allocation import Claim, Refused
 from sublet.records import ledger, tenancy
 from sublet.rights import market, owner
-from sublet.shops.compute import life, store
+from sublet.shops.compute import life, sealed, store
 from sublet.shops.compute.model import Reason, Workload
 from sublet.shops.compute.states import Step
 
@@ -23,7 +23,11 @@ from sublet.shops.compute.states import Step
 def admit(
     work: Work, workload: Workload, contract: market.Contract, *, with_ways_on: bool = True
 ) -> Claim | Refused:
-    """Ask for devices under the workload's contract; its hold is taken already."""
+    """Ask for devices under the workload's contract; its hold is taken already.
+
+    Raises SealedNode where it would stand beside a sealed model: then the Work is to be rolled
+    back.
+    """
     if contract.is_first_party:
         return owner.first_party_claim(
             work,
@@ -44,7 +48,11 @@ def admit(
             claim, release=dataclasses.replace(claim.release, ends_at=ends_at)
         )
     decision = allocation.admit(work, claim, with_ways_on=with_ways_on)
-    return decision if isinstance(decision, Refused) else decision.claim
+    if isinstance(decision, Refused):
+        return decision
+    # The pool's row is held now: nobody comes between this look and the commit.
+    sealed.check_stranger(work, workload, decision.claim.starts_at)
+    return decision.claim
 
 
 def rank_of(contract: market.Contract) -> int:
@@ -101,7 +109,8 @@ def begin(work: Work, workload: Workload, claim: Claim) -> Workload:
     admitted = life.move(
         work, workload, Step.ADMITTED, claim_id=claim.id, waiting_since=None, failure=None
     )
-    life.intend(work, admitted)
+    if not sealed.is_in_the_way(work.tx, workload):
+        life.intend(work, admitted)
     return admitted
 
 
@@ -139,6 +148,8 @@ def place(work: Work, workload: Workload) -> bool:
             reason = Reason.BUDGET if isinstance(refused, Forbidden) else Reason.CREDIT_EXHAUSTED
             life.end_now(work, workload, reason)
             return True
+    if sealed.is_in_the_way(work.tx, workload):
+        return False
     return life.intend(work, workload) is not None
 
 

@@ -38,8 +38,8 @@ log = structlog.get_logger()
 STANDING = frozenset({RunState.INTENDED, RunState.STARTING, RunState.RUNNING})
 """A run that is on its devices and not on its way out."""
 RUNWAY = timedelta(hours=1)
-"""How far ahead the owner's own runs may go without hearing from us; sold runs go as far as they
-are paid."""
+"""How far ahead the owner's own runs and replicas may go without hearing from us; sold runs go as
+far as they are paid."""
 
 
 def move(
@@ -176,7 +176,7 @@ def opened(work: Work, run_id: str, at: datetime) -> None:
         pool_id=run.pool_id,
         node_id=run.node_id,
         devices=len(run.device_ids),
-        party=workload.party,
+        party=_meter_party(workload),
         opened_at=at,
     )
     fleet.note_start_success(work, run.node_id)
@@ -195,7 +195,7 @@ def opened(work: Work, run_id: str, at: datetime) -> None:
 
 
 def advanced(work: Work, run_id: str, to: datetime, cpu_ms: int) -> None:
-    """Seen alive: the meter goes on to there, and the owner's own runs get more runway."""
+    """Seen alive: the meter goes on to there, and what nobody pays for ahead gets more runway."""
     run = store.find_run(work.tx, run_id)
     if run is None or run.state not in (RunState.RUNNING, RunState.STOPPING):
         return
@@ -422,7 +422,7 @@ def _come_to_rest(work: Work, workload: Workload, end: End) -> Workload:
     if end.failure is not None:
         changes["start_failures"] = workload.start_failures + 1
         changes["failure"] = end.failure
-    if workload.kind == "job":
+    if workload.kind != "instance":
         changes["exit_code"] = end.exit_code
     rested = move(work, workload, step, reason=end.reason, **changes)
     if rested.is_over:
@@ -540,7 +540,15 @@ def _over(run: Run) -> RunState:
 
 
 def _used(workload: Workload) -> Use:
+    if workload.kind == "replica":
+        return Use.SERVING
     return Use.FIRST_PARTY if workload.party == "first_party" else Use.SOLD_USED
+
+
+def _meter_party(workload: Workload) -> MeterParty:
+    """A sale's meter runs on held credit. A replica has none: what its devices earn is tokens."""
+    is_sold = workload.party == "sale" and workload.kind != "replica"
+    return MeterParty.SALE if is_sold else MeterParty.FIRST_PARTY
 
 
 def _switch(work: Work, device_ids: Sequence[str], use: Use, at: datetime, reference: str) -> None:

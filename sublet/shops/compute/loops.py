@@ -18,10 +18,10 @@ from sublet.capacity import allocation, fleet
 from sublet.capacity.engines.port import Engine
 from sublet.capacity.fleet import NodeState
 from sublet.rights import market
-from sublet.shops.compute import admission, life, store
+from sublet.shops.compute import admission, life, sealed, store
 from sublet.shops.compute.admission import Ground, Kinship
 from sublet.shops.compute.driver import ACTOR, LOOK, Driver
-from sublet.shops.compute.model import Reason, ShutdownBegun, Workload
+from sublet.shops.compute.model import Reason, SealedNode, ShutdownBegun, Workload
 from sublet.shops.compute.orders import home_of
 from sublet.shops.compute.states import State
 
@@ -36,6 +36,7 @@ EVENTS = (
     fleet.NodeEnrolled,
     fleet.DeviceDown,
     fleet.DeviceUp,
+    market.DemandUnmet,
     ShutdownBegun,
 )
 MAX_REFUSALS = 3
@@ -144,6 +145,10 @@ class ComputeLoop:
                 life.keep_neighbours(work, envelope.read(fleet.DeviceUp).node_id)
             case fleet.NodeStateChanged.kind:
                 life.keep_neighbours(work, envelope.read(fleet.NodeStateChanged).node_id)
+            case market.DemandUnmet.kind:
+                demand = envelope.read(market.DemandUnmet)
+                if demand.reason == SealedNode.code and demand.pool_id is not None:
+                    sealed.make_room(work, demand.pool_id)
             case ShutdownBegun.kind:
                 # One from before this loop was made has done its work: the cloud is open again.
                 self._is_closing = self._is_closing or envelope.at >= self._born_at
@@ -214,6 +219,9 @@ class ComputeLoop:
         except (NoCapacity, PaymentRequired, Forbidden) as refusal:
             ground = admission.ground_of(refusal)
             refused.add(kinships[ground])
+            if isinstance(refusal, SealedNode):
+                with self._books.work(ACTOR) as work:
+                    sealed.make_room(work, workload.pool_id)
             if ground is not Ground.ROOM:
                 log.info("waiter_not_served", workload_id=workload.id, code=refusal.code)
             return False

@@ -8,12 +8,12 @@ from datetime import datetime
 from enum import StrEnum
 from typing import ClassVar, Literal
 
-from sublet.base.kernel.errors import Conflict, NotFound
+from sublet.base.kernel.errors import Conflict, NoCapacity, NotFound
 from sublet.base.kernel.money import Money
 from sublet.base.store import Event
 from sublet.shops.compute.states import LIVE, TERMINAL, State
 
-Kind = Literal["instance", "job"]
+Kind = Literal["instance", "job", "replica"]
 
 
 class Desired(StrEnum):
@@ -39,6 +39,10 @@ class Reason(StrEnum):
     LEGAL_ORDER = "legal_order"
     SHUTDOWN = "shutdown"
     CONTROL_LOST = "control_lost"
+    DRAINED = "drained"
+    """A replica that left after its drain, with nothing in hand."""
+    SCALED_IN = "scaled_in"
+    """A replica that is not needed any more."""
 
 
 INTERRUPTIONS = frozenset(
@@ -53,6 +57,17 @@ INTERRUPTIONS = frozenset(
     }
 )
 """After these a job is queued again and an `auto_resume` instance comes back; no retry is spent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSpec:
+    """What a replica runs, as its model server's adapter says. No secret is in it: it is kept."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    read_only: tuple[tuple[str, str], ...] = ()
+    """(path on the host, path inside): weights, and what it takes to run the server."""
+    lock_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +89,12 @@ class WorkloadSpec:
     max_retries: int = 0
     requeue: bool = True
     auto_resume: bool = False
+    server: ServerSpec | None = None
+    """A replica's."""
+    memory_bytes: int | None = None
+    """A replica's; None, and for all others: what its devices bring."""
+    is_sealed: bool = False
+    """A replica whose weights nobody may see: no stranger's workload stands on its node."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,6 +293,19 @@ class WorkloadNotFound(NotFound):
     """There is no such workload, or this key may not see it: `sublet ls --all` shows yours."""
 
     code = "workload_not_found"
+
+
+class SealedNode(NoCapacity):
+    """A sealed model is served on the only node there: `details` say when it can be gone, or send
+    `wait` to be served then."""
+
+    code = "sealed_node"
+
+
+class StrangersPresent(NoCapacity):
+    """Strangers' workloads stand, or wait, where a sealed model would be served: not beside them."""
+
+    code = "strangers_present"
 
 
 class NoticeProtected(Conflict):

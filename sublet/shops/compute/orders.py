@@ -8,7 +8,7 @@ from sqlalchemy import Connection
 
 from sublet.capacity import fleet
 from sublet.capacity.engines.port import StartSpec
-from sublet.shops.compute.model import Run, Workload
+from sublet.shops.compute.model import Run, ServerSpec, Workload
 
 DISK_BYTES_PER_DEVICE = 20 << 30
 """Scratch and home together, before the run is ended for filling the disk."""
@@ -17,18 +17,19 @@ DISK_BYTES_PER_DEVICE = 20 << 30
 def start_spec(tx: Connection, run: Run, workload: Workload) -> StartSpec:
     spec, count = workload.spec, len(run.devices)
     pool = fleet.get_pool(tx, run.pool_id)
+    server = spec.server or ServerSpec(argv=spec.command, env=spec.env)
     return StartSpec(
         run_id=run.id,
         workload_id=workload.id,
         organisation_id=workload.organisation_id,
         kind=workload.kind,
         devices=run.devices,
-        memory_bytes=pool.memory_bytes * count,
+        memory_bytes=spec.memory_bytes or pool.memory_bytes * count,
         disk_bytes=DISK_BYTES_PER_DEVICE * count,
-        command=spec.command,
+        command=server.argv,
         script=spec.script,
         env={
-            **spec.env,
+            **server.env,
             "SUBLET_WORKLOAD_ID": workload.id,
             "SUBLET_RUN_NUMBER": str(run.number),
         },
@@ -39,6 +40,8 @@ def start_spec(tx: Connection, run: Run, workload: Workload) -> StartSpec:
         notice_signal=spec.notice_signal,
         metadata=metadata_document(tx, run, workload),
         runway_until=run.runway_until,
+        read_only=server.read_only,
+        lock_memory=server.lock_memory,
     )
 
 

@@ -26,6 +26,8 @@ from sublet.shops.compute.states import Step
 
 EVIDENCE_EVERY = timedelta(seconds=60)
 """How often a running meter is carried forward in the books."""
+FAULTS = frozenset({Reason.NODE_FAULT, Reason.CONTROL_LOST, Reason.ABUSE})
+"""Ends of a replica that nobody meant."""
 MAX_START_FAILURES = 3
 """Places that a workload tries in a row before it is given up."""
 
@@ -340,6 +342,10 @@ def outcome(
     """What becomes of a workload whose run was seen gone."""
     if desired is Desired.TERMINATED:
         return Step.TERMINATED
+    if kind == "replica":
+        # Whoever wants one makes another: it is never queued again.
+        went_wrong = end.by_itself or end.failure is not None or end.reason in FAULTS
+        return Step.FAILED if went_wrong else Step.TERMINATED
     if end.failure is not None:
         if desired is Desired.STOPPED:
             return Step.RESTED if kind == "instance" else Step.TERMINATED

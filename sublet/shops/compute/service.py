@@ -18,7 +18,7 @@ from sublet.capacity.fleet import NodeState
 from sublet.records import tenancy
 from sublet.records.tenancy import Action, Identity
 from sublet.rights import market
-from sublet.shops.compute import admission, life, store
+from sublet.shops.compute import admission, life, sealed, store
 from sublet.shops.compute.model import (
     INTERRUPTIONS,
     Desired,
@@ -186,9 +186,10 @@ def change(
 def get_workload(
     tx: Connection, identity: Identity, workload_id: str, action: Action = Action.READ
 ) -> Workload:
-    """A workload that this key may see. Raises WorkloadNotFound, also for another's."""
+    """A workload that this key may see. Raises WorkloadNotFound, also for another's, and for a
+    replica: those are their deployment's."""
     workload = store.get_workload(tx, workload_id)
-    is_mine = workload.organisation_id == identity.organisation.id
+    is_mine = workload.organisation_id == identity.organisation.id and workload.kind != "replica"
     if not is_mine or identity.project_id not in (None, workload.project_id):
         raise WorkloadNotFound
     tenancy.require(identity, action, project_id=workload.project_id)
@@ -216,12 +217,12 @@ def stop_for(work: Work, workload_id: str, reason: Reason | str) -> Workload:
     """End what runs now, without notice, for a reason that has its own warnings or needs none.
 
     After an interruption (shutdown, node fault) it may come back by itself; after anything else an
-    instance stays stopped and a job is over.
+    instance stays stopped and a job is over. A replica is over after all of them.
     """
     workload, why = store.get_workload(work.tx, workload_id), Reason(reason)
     if not workload.is_live:
         return workload
-    comes_back = why in INTERRUPTIONS or workload.kind == "job"
+    comes_back = why in INTERRUPTIONS or workload.kind != "instance"
     if workload.desired is Desired.RUNNING and not comes_back:
         workload = store.update_workload(work, workload, desired=Desired.STOPPED)
     return life.end_now(work, workload, why)
@@ -337,6 +338,8 @@ def _is_sale(work: Work, run: Run) -> bool:
 
 
 def _admit(work: Work, workload: Workload, contract: market.Contract, *, wait: bool) -> Workload:
+    if wait and sealed.is_in_the_way(work.tx, workload):
+        return admission.wait(work, workload)
     decision = admission.admit(work, workload, contract)
     if not isinstance(decision, Refused):
         return admission.begin(work, workload, decision)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sublet.base.kernel.errors import Invalid
-from sublet.shops.compute.model import Kind, WorkloadSpec
+from sublet.shops.compute.model import Kind, ServerSpec, WorkloadSpec
 
 SIGNALS = ("SIGHUP", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGTERM", "SIGCONT")
 SSH_KEY_TYPES = (
@@ -86,8 +86,8 @@ def checked(kind: Kind, spec: WorkloadSpec) -> WorkloadSpec:
 
 
 def to_document(spec: WorkloadSpec) -> dict[str, Any]:
-    """As it is kept and shown."""
-    return {
+    """As it is kept and shown; what only replicas have is there only for them."""
+    document = {
         "name": spec.name,
         "command": list(spec.command),
         "script": spec.script,
@@ -102,15 +102,35 @@ def to_document(spec: WorkloadSpec) -> dict[str, Any]:
         "requeue": spec.requeue,
         "auto_resume": spec.auto_resume,
     }
+    if spec.server is not None:
+        document["server"] = {
+            "argv": list(spec.server.argv),
+            "env": dict(spec.server.env),
+            "read_only": [list(pair) for pair in spec.server.read_only],
+            "lock_memory": spec.server.lock_memory,
+        }
+        document["memory_bytes"] = spec.memory_bytes
+        document["is_sealed"] = spec.is_sealed
+    return document
 
 
 def from_document(document: Mapping[str, Any]) -> WorkloadSpec:
-    return WorkloadSpec(
-        **{
-            **document,
-            "command": tuple(document["command"]),
-            "ssh_keys": tuple(document["ssh_keys"]),
-        }
+    values = {
+        **document,
+        "command": tuple(document["command"]),
+        "ssh_keys": tuple(document["ssh_keys"]),
+    }
+    if "server" in document:
+        values["server"] = _server(document["server"])
+    return WorkloadSpec(**values)
+
+
+def _server(document: Mapping[str, Any]) -> ServerSpec:
+    return ServerSpec(
+        argv=tuple(document["argv"]),
+        env=document["env"],
+        read_only=tuple((source, target) for source, target in document["read_only"]),
+        lock_memory=document["lock_memory"],
     )
 
 

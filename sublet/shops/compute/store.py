@@ -55,6 +55,7 @@ workloads = sa.Table(
     sa.Column("ended_at", Instant),
     sa.Column("has_home", sa.Boolean, nullable=False),
     sa.Column("version", sa.Integer, nullable=False),
+    sa.Index("ix_compute_workload_kind_state", "kind", "state"),
     sqlite_autoincrement=True,
 )
 
@@ -195,7 +196,7 @@ def list_workloads(
     after: int | None = None,
     limit: int = 100,
 ) -> list[Workload]:
-    """In order of `seq`, past `after`."""
+    """In order of `seq`, past `after`. Replicas only where `kind` says so: nobody rented those."""
     query = sa.select(workloads).order_by(workloads.c.seq).limit(limit)
     if organisation_id is not None:
         query = query.where(workloads.c.organisation_id == organisation_id)
@@ -203,6 +204,8 @@ def list_workloads(
         query = query.where(workloads.c.project_id == project_id)
     if kind is not None:
         query = query.where(workloads.c.kind == kind)
+    else:
+        query = query.where(workloads.c.kind != "replica")
     if states is not None:
         query = query.where(workloads.c.state.in_(list(states)))
     if after is not None:
@@ -244,6 +247,53 @@ def count_live(tx: Connection) -> int:
     held = sa.select(sa.func.count()).where(workloads.c.state.in_(list(LIVE)))
     running = sa.select(sa.func.count()).where(runs.c.state.not_in(_OVER))
     return int(tx.execute(held).scalar_one()) + int(tx.execute(running).scalar_one())
+
+
+_SEALED = sa.select(workloads).where(
+    workloads.c.kind == "replica", workloads.c.pool_id == sa.bindparam("pool")
+)
+_SEALED_LIVE = _SEALED.where(workloads.c.state.in_(list(LIVE)))
+_SEALED_GONE = _SEALED.where(
+    workloads.c.id.in_(sa.select(runs.c.workload_id).where(runs.c.state == RunState.GONE))
+)
+_STRANGERS = sa.select(workloads.c.id).where(
+    workloads.c.pool_id == sa.bindparam("pool"),
+    workloads.c.organisation_id != sa.bindparam("owner"),
+)
+_STRANGERS_LIVE = _STRANGERS.where(workloads.c.state.in_(list(LIVE))).limit(1)
+_STRANGERS_WAITING = _STRANGERS.where(workloads.c.state == State.AWAITING_CAPACITY).limit(1)
+_STRANGERS_GONE = (
+    sa.select(runs.c.id)
+    .where(
+        runs.c.pool_id == sa.bindparam("pool"),
+        runs.c.organisation_id != sa.bindparam("owner"),
+        runs.c.state == RunState.GONE,
+    )
+    .limit(1)
+)
+
+
+def list_sealed(tx: Connection, pool_id: str) -> list[Workload]:
+    """Sealed replicas there, from their admission to the end of their scrub."""
+    found = {
+        row.id: row
+        for statement in (_SEALED_LIVE, _SEALED_GONE)
+        for row in tx.execute(statement, {"pool": pool_id})
+        if row.spec.get("is_sealed")
+    }
+    return [_workload(row) for row in found.values()]
+
+
+def has_strangers(tx: Connection, pool_id: str, owner_id: str) -> bool:
+    """Another organisation's workload is there, from its admission to the end of its scrub."""
+    return any(
+        tx.execute(statement, {"pool": pool_id, "owner": owner_id}).first() is not None
+        for statement in (_STRANGERS_LIVE, _STRANGERS_GONE)
+    )
+
+
+def has_waiting_strangers(tx: Connection, pool_id: str, owner_id: str) -> bool:
+    return tx.execute(_STRANGERS_WAITING, {"pool": pool_id, "owner": owner_id}).first() is not None
 
 
 # ---- runs -------------------------------------------------------------------------------------
@@ -345,9 +395,10 @@ def list_forgettable(tx: Connection, before: datetime, limit: int) -> list[Run]:
 
 
 def list_homes_to_erase(tx: Connection, before: datetime, limit: int) -> list[Workload]:
-    """Terminated instances, and jobs that ended before that instant, whose files still lie there."""
+    """Terminated instances and replicas that are over, and jobs that ended before that instant,
+    whose files still lie there."""
     is_old = workloads.c.ended_at < before
-    is_instance = (workloads.c.kind == "instance") & workloads.c.ended_at.is_not(None)
+    is_instance = (workloads.c.kind != "job") & workloads.c.ended_at.is_not(None)
     has_run = (
         sa.select(runs.c.id)
         .where(runs.c.workload_id == workloads.c.id, runs.c.state.not_in(_OVER))

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from sublet.base.kernel.interval import millis_between, month_of
 from sublet.base.kernel.money import Money
-from sublet.base.kernel.price import DEVICE_HOUR_MS, PricePoint, Terms, Window, rate
+from sublet.base.kernel.price import (
+    DEVICE_HOUR_MS,
+    PricePoint,
+    Terms,
+    Window,
+    cover_quantity,
+    rate,
+    rate_quantity,
+)
 
 NOON = datetime(2026, 3, 2, 12, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
@@ -185,3 +193,31 @@ def test_f13_what_is_posted_step_by_step_is_what_was_quoted(
             metered_to = look
         posted += rate(price, pieces).amount - posted
     assert posted == rate(price, [Window(start=start, end=end, units=units)]).amount
+
+
+@given(
+    milliseconds=st.integers(0, 10**7),
+    micros=st.integers(0, 10**7),
+    per=st.sampled_from([1, 7, 1_000_000, DEVICE_HOUR_MS]),
+)
+def test_a_plain_quantity_is_rated_as_a_window_is(milliseconds: int, micros: int, per: int) -> None:
+    run = Window(start=NOON, end=NOON + timedelta(milliseconds=milliseconds), units=1)
+    rated = rate(terms((NOON, micros), per=per), [run]).amount.micros
+    assert rate_quantity(milliseconds, micros, per) == rated
+    assert rate_quantity(-milliseconds, micros, per) == -rated
+
+
+@pytest.mark.parametrize(
+    ("quantity", "rated", "covered"), [(0, 0, 0), (1, 0, 1), (2, 1, 1), (3, 2, 2), (5, 2, 3)]
+)
+def test_a_quantity_is_rated_half_even_and_covered_by_rounding_up(
+    quantity: int, rated: int, covered: int
+) -> None:
+    assert rate_quantity(quantity, 500_000, 1_000_000) == rated
+    assert cover_quantity(quantity, 500_000, 1_000_000) == covered
+
+
+@given(parts=st.lists(st.integers(0, 10**6)), micros=st.integers(0, 10**7))
+def test_what_parts_set_aside_suffices_for_the_whole(parts: list[int], micros: int) -> None:
+    covered = sum(cover_quantity(part, micros, 1_000_000) for part in parts)
+    assert rate_quantity(sum(parts), micros, 1_000_000) <= covered

@@ -29,6 +29,8 @@ LIMITS = st.builds(
     Limits,
     max_devices=st.sampled_from([None, 0, 1, 2]),
     requests_per_minute=st.sampled_from([None, 1, 2]),
+    tokens_per_day=st.sampled_from([None, 0, 5]),
+    models=st.sampled_from([None, (), ("a",), ("a", "b")]),
 )
 TERMS = st.builds(
     KeyTerms,
@@ -107,7 +109,10 @@ def test_no_key_makes_one_that_may_do_more(
         assert made.expires_at <= own.expires_at
     for field in dataclasses.fields(Limits):
         most, given_ = getattr(own.limits, field.name), getattr(made.limits, field.name)
-        assert most is None or (given_ is not None and given_ <= most)
+        within = set(given_ or ()) <= set(most or ()) if field.name == "models" else None
+        assert most is None or (
+            given_ is not None and (given_ <= most if within is None else within)
+        )
     # What was asked for and granted is had as it was asked for.
     for name in ("project_id", "role", "expires_at"):
         assert getattr(asked, name) in (None, getattr(made, name))
@@ -120,11 +125,15 @@ def test_no_key_makes_one_that_may_do_more(
         ("role", KeyTerms(role=Role.ADMIN)),
         ("expires_at", KeyTerms(expires_at=NOON + timedelta(seconds=1))),
         ("limits.max_devices", KeyTerms(limits=Limits(max_devices=2))),
+        ("limits.models", KeyTerms(limits=Limits(models=("a", "c")))),
     ],
 )
 def test_asking_for_more_names_the_field(param: str, asked: KeyTerms) -> None:
     own = KeyTerms(
-        project_id="prj_a", role=Role.MEMBER, expires_at=NOON, limits=Limits(max_devices=1)
+        project_id="prj_a",
+        role=Role.MEMBER,
+        expires_at=NOON,
+        limits=Limits(max_devices=1, models=("a", "b")),
     )
     with pytest.raises(Forbidden) as refused:
         inherited(a_maker(own), a_principal(Role.ADMIN), asked)

@@ -142,8 +142,9 @@ class Snapshot:
 class Allowance:
     """The slice of a key's credit that one gateway may spend, as a running total.
 
-    `granted_micros` and `granted_tokens` only grow within an epoch: what is left is granted − spent,
-    so a message lost or repeated changes nothing. `denied` says why no more was given.
+    Both bound spent + held, counted from the epoch's start. They grow, but for what the gateway gave
+    back itself. A message lost, repeated or late changes nothing: gateway.purse tells the rules.
+    `denied` says why less was granted than wanted.
     """
 
     key_id: str
@@ -153,6 +154,8 @@ class Allowance:
     """Of a tokens-a-day limit; None: there is none."""
     expires_us: int
     """Nothing new is begun on it later; what runs goes on."""
+    answers: int
+    """The highest serial of this key and epoch that the control plane has acted on."""
     denied: str | None = None
     """`insufficient_quota` | `budget_exceeded` | `quota_exceeded`."""
     denied_why: str = ""
@@ -171,9 +174,9 @@ class Allowance:
 class AllowanceRequest:
     """A gateway asks for more of a key's credit, or gives back what it does not use.
 
-    `wanted_micros`: how much it wants to have in hand now. 0: it gives back all that is neither
-    spent nor held, and spends nothing more until it asks again. `spent_micros` and `held_micros`
-    are running totals and present holds; what is spent is in the spool up to `position`.
+    `wanted_micros`: how much it wants to have in hand beyond what is spent and held, at least 1.
+    0: it gives back; the granted total is now spent + held. `spent_*` are running totals of the
+    epoch, `held_*` present holds, both as of this message.
     """
 
     key_id: str
@@ -182,6 +185,10 @@ class AllowanceRequest:
     wanted_tokens: int
     spent_micros: int
     held_micros: int
+    spent_tokens: int
+    held_tokens: int
+    serial: int
+    """1, 2, 3 … by key and epoch, new for each message."""
 
     def to_json(self) -> bytes:
         return orjson.dumps(self)

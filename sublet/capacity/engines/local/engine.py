@@ -344,6 +344,13 @@ class LocalEngine:
         except FileNotFoundError:
             raise RunNotFound(f"there is no run {run_id} here") from None
 
+    def door(self, run_id: str, name: str) -> str:
+        assert _NAME.fullmatch(name), f"{name!r} is no name of a file"
+        plan = self._find_plan(run_id)
+        if plan is None:
+            raise RunNotFound(f"there is no run {run_id} here")
+        return os.path.join(plan.home, name)
+
     def scrub(self, run_id: str) -> ScrubReport:
         seen = self._observed(run_id)
         return scrub_run(self._folder(run_id), self._clock, seen)

@@ -19,6 +19,12 @@ from typing import Literal
 from sublet.base.kernel.clock import Clock
 from sublet.base.kernel.interval import micros_since_epoch
 from sublet.capacity.engines.local.hardware import Hardware
+from sublet.capacity.engines.local.reading import (
+    check_lockable,
+    checked_paths,
+    most_locked,
+    swaps,
+)
 from sublet.capacity.engines.local.supervise import addresses, cgroups, records, seccomp
 from sublet.capacity.engines.port import StartRefused, StartSpec
 
@@ -125,10 +131,13 @@ class Rules:
             raise StartRefused(f"a run needs at least {LEAST_MEMORY_BYTES} bytes of memory")
         if not _HOST_NAME.fullmatch(spec.hostname):
             raise StartRefused(f"{spec.hostname!r} is no host name")
-        if spec.kind == "job" and not spec.command:
-            raise StartRefused("a job needs a command")
+        if spec.kind != "instance" and not spec.command:
+            raise StartRefused(f"a {spec.kind} needs a command")
         if spec.notice_signal is not None and spec.notice_signal not in signal.Signals.__members__:
             raise StartRefused(f"there is no signal {spec.notice_signal}")
+        read_only = checked_paths(spec.read_only, has_sandbox=self.rung == "sandbox")
+        if spec.lock_memory:
+            check_lockable(spec.read_only, most=most_locked(), swaps=swaps())
         gpus = [gpu for gpu in found.gpus if gpu.name in spec.devices]
         count = len(spec.devices)
         cpus = [int(name[3:]) for name in spec.devices if devices[name].kind == "cpu"]
@@ -173,6 +182,8 @@ class Rules:
             outbound=self.outbound if spec.outbound else "none",
             blocked_routes=list(addresses.NOT_PUBLIC) if spec.outbound else [],
             python=PYTHON,
+            read_only=read_only,
+            lock_memory=spec.lock_memory,
         )
 
     def owned_by(self, plan: records.Plan, uid: int | None) -> records.Plan:

@@ -31,8 +31,8 @@ class Behaviour:
 
 
 def behaviour_of(kind: str, command: Sequence[str], env: Mapping[str, str]) -> Behaviour:
-    """An instance lasts until it is ended; a job as long as its command says."""
-    if kind == "instance":
+    """Instances and replicas last until they are ended; a job as long as its command says."""
+    if kind in ("instance", "replica"):
         found = Behaviour(lasts=None)
     elif len(command) >= 3 and command[0] in _SHELLS and command[1].startswith("-"):
         found = _script(command[2])

@@ -128,6 +128,8 @@ class SimulatedEngine:
             if spec.run_id in self._runs:
                 return
             node = self._node_for(spec.devices)
+            if spec.kind != "instance" and not spec.command:
+                raise StartRefused(f"a {spec.kind} needs a command")
             self._answering(node, now)
             fault = node.next_starts.pop(0) if node.next_starts else None
             if fault is FaultKind.START_UNREACHABLE:
@@ -218,6 +220,11 @@ class SimulatedEngine:
             run, _ = self._reach(run_id)
             data = bytes(run.log[offset : offset + limit])
             return data, offset + len(data)
+
+    def door(self, run_id: str, name: str) -> str:
+        with self._lock:
+            run, _ = self._reach(run_id)
+            return f"/simulated/{run.node}/homes/{run.spec.home}/{name}"
 
     def scrub(self, run_id: str) -> ScrubReport:
         with self._lock:

@@ -99,6 +99,9 @@ class Plan:
     blocked_routes: list[str]
     """Networks that the way out does not lead to, beside the host's own addresses."""
     python: str
+    read_only: list[list[str]] = field(default_factory=list)
+    """Pairs of a path of the host and the path inside."""
+    lock_memory: bool = False
     v: int = PROTOCOL
 
 

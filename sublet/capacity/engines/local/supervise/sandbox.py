@@ -132,6 +132,8 @@ def _child(plan: Plan, argv: list[str], errors: int, kept: Iterable[int]) -> Non
         write_oom_adjust("0")
         if plan.uid is not None:
             _stage_folders(plan)
+            if plan.rung != "sandbox":
+                _open_ways([source for source, _ in plan.read_only])
             os.setgroups([])
             os.setresgid(plan.uid, plan.uid, plan.uid)
             os.setresuid(plan.uid, plan.uid, plan.uid)
@@ -155,7 +157,8 @@ _PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 def _set_limits(plan: Plan) -> None:
     limits = {
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_FSIZE: plan.disk_bytes,
+        # A memory file counts as a file here, and what is locked may lie in one.
+        resource.RLIMIT_FSIZE: max(plan.disk_bytes, plan.memory_bytes if plan.lock_memory else 0),
         resource.RLIMIT_NOFILE: 65_536,
     }
     if "memory" not in plan.cgroups and not plan.gpus:
@@ -166,6 +169,17 @@ def _set_limits(plan: Plan) -> None:
         _, hard = resource.getrlimit(name)
         value = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(name, (value, value))
+    if plan.lock_memory:
+        _let_lock(plan.memory_bytes)
+
+
+def _let_lock(wanted: int) -> None:
+    """All that the run may use; where that takes more power than we have, what we may."""
+    try:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (wanted, wanted))
+    except (ValueError, OSError):
+        _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
 
 
 def process_limit(plan: Plan) -> int:
@@ -216,10 +230,56 @@ def _stage_folders(plan: Plan) -> None:
     _check(
         libc.mount(b"tmpfs", stage.encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, b"mode=0755,size=1m")
     )
-    for name, source in (("home", plan.home), ("scratch", plan.scratch)):
-        target = f"{stage}/{name}"
-        os.mkdir(target)
-        _check(libc.mount(os.fsencode(source), target.encode(), None, _MS_BIND, None))
+    shown = [("home", plan.home), ("scratch", plan.scratch)]
+    if plan.rung == "sandbox":
+        shown += [(_staged(number), source) for number, (source, _) in enumerate(plan.read_only)]
+    for name, source in shown:
+        _bind(source, f"{stage}/{name}")
+
+
+def _staged(number: int) -> str:
+    return f"shown-{number}"
+
+
+def _bind(source: str, target: str) -> None:
+    """Let a file or a folder be met at a place made for it."""
+    if not os.path.exists(target):
+        is_folder = os.path.isdir(source)
+        os.makedirs(target if is_folder else os.path.dirname(target), mode=0o755, exist_ok=True)
+        if not is_folder:
+            os.close(os.open(target, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
+    _check(libc.mount(os.fsencode(source), os.fsencode(target), None, _MS_BIND, None))
+
+
+def _open_ways(paths: list[str]) -> None:
+    """Without a sandbox what is shown lies where it lies, perhaps under a folder that is closed to
+    the run's uid. Such a folder is covered by an empty one with nothing in it but the way there:
+    of the rest that uid could see nothing before either."""
+    os.umask(0o022)
+    held = {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in paths}
+    covered: set[str] = set()
+    for path, fd in held.items():
+        above = _closed_above(path)
+        if above is not None:
+            options = b"mode=0755,size=1m"
+            _check(libc.mount(b"tmpfs", os.fsencode(above), b"tmpfs", _MS_NOSUID, options))
+            covered.add(above)
+        if any(path.startswith(f"{folder}/") for folder in covered):
+            _bind(f"/proc/self/fd/{fd}", path)
+    for fd in held.values():
+        os.close(fd)
+
+
+def _closed_above(path: str) -> str | None:
+    """The first folder on the way to it that not everybody may pass through."""
+    parts = path.split("/")
+    for end in range(2, len(parts)):
+        folder = "/".join(parts[:end])
+        if not os.path.isdir(folder):
+            return None
+        if not os.stat(folder).st_mode & 0o001:
+            return folder
+    return None
 
 
 def _own_mounts() -> None:
@@ -301,7 +361,11 @@ def _bwrap(
     argv += ["--perms", "1777", "--size", str(half), "--tmpfs", "/tmp"]  # noqa: S108
     argv += ["--perms", "0755", "--size", str(_VOLATILE_RUN_BYTES), "--tmpfs", "/run"]
     argv += ["--dir", "/var", "--symlink", "/tmp", "/var/tmp", "--symlink", "/run", "/var/run"]  # noqa: S108
-    argv += ["--bind", home, HOME, "--bind", scratch, SCRATCH, "--remount-ro", "/"]
+    argv += ["--bind", home, HOME, "--bind", scratch, SCRATCH]
+    for number, (source, target) in enumerate(plan.read_only):
+        shown = f"{stage}/{_staged(number)}" if plan.uid is not None else source
+        argv += ["--ro-bind", shown, target]
+    argv += ["--remount-ro", "/"]
     argv += ["--chdir", HOME, "--info-fd", str(info)]
     if filter_fd >= 0:
         argv += ["--seccomp", str(filter_fd)]

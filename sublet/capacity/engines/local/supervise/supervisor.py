@@ -287,9 +287,9 @@ class Supervisor:
             self.fail(f"{self.plan.outbound} opened no way out")
 
     def _begin(self) -> None:
-        """Start the job's command or the instance's script; an instance runs without one too."""
+        """Start the command, or the instance's script; an instance runs without one too."""
         plan = self.plan
-        if plan.kind == "job":
+        if plan.kind != "instance":
             argv = plan.command
         elif plan.script:
             argv = ["/bin/sh", "-c", plan.script]
@@ -319,7 +319,7 @@ class Supervisor:
             self.save()
 
     def _on_main(self, code: int) -> None:
-        if self.plan.kind != "job":
+        if self.plan.kind == "instance":
             if code:
                 self.log.say(f"the start-up script ended with exit code {code}")
         elif self.exit_code is None:

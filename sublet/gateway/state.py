@@ -1,0 +1,377 @@
+"""What all requests of one gateway process share: routes, queues, asks, time, counts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
+
+from sublet.base.kernel.clock import SystemClock, read_boot_ns
+from sublet.base.kernel.interval import micros_since_epoch
+from sublet.base.wire.gateway import Gauge, ModelRoute
+from sublet.gateway.errors import Refusal
+from sublet.gateway.limits import duration
+from sublet.gateway.purse import Purse
+from sublet.gateway.upstream import Replica
+
+if TYPE_CHECKING:
+    from sublet.gateway.control import Control
+    from sublet.gateway.dialects import Prepared
+    from sublet.gateway.edge import Downstream, Request
+    from sublet.gateway.exchange import Exchange
+    from sublet.gateway.routes import Known, Model, Routes
+    from sublet.gateway.spool import Spool
+
+SILENCE_NS = 15_000_000_000
+"""A stream without a byte for so long says that it lives."""
+LATENCY_BUCKETS = 20
+
+
+class Gateway:
+    """One process. All of it happens in one thread, but for the spool's writer."""
+
+    def __init__(self, *, name: str, epoch: int, loop: asyncio.AbstractEventLoop) -> None:
+        self.name = name
+        self.epoch = epoch
+        self.loop = loop
+        self.routes: Routes
+        self.spool: Spool
+        self.control: Control
+        self.body_limit = 16 << 20
+        self.stale_ns = 60_000_000_000
+        self.open: dict[Exchange, None] = {}
+        """Requests that a model server works on, oldest first."""
+        self.connections: dict[Downstream, None] = {}
+        self.refusals: dict[str, int] = {}
+        self.requests = 0
+        self.latency: dict[str, list[int]] = {}
+        self.date = b""
+        self.second_ns = read_boot_ns()
+        self.fresh_ns = self.second_ns
+        """When the routes in force were last known to be the newest."""
+        self._prefix = b"req_%x%b" % (epoch, name.encode().replace(b"-", b""))
+        self._serial = 0
+        self._offset_us = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._served_by: dict[str, bytes] = {}
+        self.is_draining = False
+        self._set_clock()
+
+    # ---- time and names --------------------------------------------------------------------
+
+    def _set_clock(self) -> None:
+        """UTC beside the boot clock, read together once a sweep."""
+        clock = SystemClock.unanchored()
+        self._offset_us = micros_since_epoch(clock.now()) - read_boot_ns() // 1000
+        self.date = b"date: %b\r\n" % clock.now().strftime("%a, %d %b %Y %H:%M:%S GMT").encode()
+
+    def now_us(self) -> int:
+        return self._offset_us + read_boot_ns() // 1000
+
+    def next_id(self) -> bytes:
+        """Unique for ever: the epoch is, and the gateway's name beside it."""
+        self._serial += 1
+        return b"%b%08x" % (self._prefix, self._serial)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def served_by(self, route: ModelRoute) -> bytes:
+        """The headers that name what answered: deployment, quantization, a model's last date."""
+        found = self._served_by.get(route.name)
+        if found is None:
+            lines = [f"x-sublet-deployment: {route.deployment_id}"]
+            lines.append(f"x-sublet-quantization: {route.quantization}")
+            if route.lifecycle != "active":
+                lines.append(f"x-sublet-lifecycle: {route.lifecycle}")
+            found = self._served_by[route.name] = "".join(f"{x}\r\n" for x in lines).encode()
+        return found
+
+    def adopt(self, routes: Routes) -> None:
+        """New routes are in force: who waits for a replica may have one now."""
+        self.routes = routes
+        self._served_by.clear()
+        for model in routes.models.values():
+            for replica in model.replicas:
+                if model.waiting:
+                    self.slot_free(model, replica)
+
+    # ---- who may ---------------------------------------------------------------------------
+
+    def identify(self, request: Request) -> Known:
+        """Raises Refusal."""
+        now_ns = read_boot_ns()
+        if now_ns - self.fresh_ns > self.stale_ns:
+            raise Refusal(
+                503,
+                "snapshot_stale",
+                "This gateway has not heard from its control plane for too long: try again.",
+                retry_after_s=5,
+            )
+        if self.spool.is_failing or self.is_draining:
+            raise Refusal(
+                503, "unavailable", "This gateway cannot take requests now: try again.",
+                retry_after_s=2,
+            )  # fmt: skip
+        secret = request.secret
+        known = self.routes.find_key(secret) if secret else None
+        if known is None:
+            raise Refusal(
+                401,
+                "invalid_api_key",
+                "Send a valid key as `Authorization: Bearer KEY`."
+                if secret is None
+                else "This key is not valid: it is unknown, revoked or mistyped.",
+            )
+        policy = known.policy
+        if policy.expires_us is not None and self.now_us() >= policy.expires_us:
+            raise Refusal(401, "invalid_api_key", "This key has expired: use another one.")
+        if policy.refused is not None:
+            raise self._denied(policy.refused, policy.refused_why, policy.resets_us)
+        return known
+
+    def take_request(self, known: Known) -> bytes:
+        """One request from every bucket that binds the key. Raises Refusal."""
+        self.requests += 1
+        return self._charge(known, known.request_buckets, 1, "requests")
+
+    def take_tokens(self, known: Known, tokens: int) -> bytes:
+        return self._charge(known, known.token_buckets, tokens, "tokens")
+
+    def _charge(self, known: Known, buckets: Any, amount: int, unit: str) -> bytes:
+        now_ns = read_boot_ns()
+        for index, bucket in enumerate(buckets):
+            if not bucket.take(amount, now_ns):
+                for taken in buckets[:index]:
+                    taken.give_back(amount)
+                wait_ns = bucket.wait_ns(amount, now_ns)
+                if wait_ns is None:
+                    raise Refusal(
+                        400,
+                        "invalid_request",
+                        f"This asks for {amount} tokens, and {bucket.limit} a minute are allowed: "
+                        "ask for less.",
+                        headers=self.limit_headers(known, now_ns),
+                    )
+                raise Refusal(
+                    429,
+                    "rate_limit_exceeded",
+                    f"The limit of {bucket.limit} {unit} a minute is reached: try again in "
+                    f"{duration(wait_ns).decode()}.",
+                    retry_after_s=max(-(-wait_ns // 1_000_000_000), 1),
+                    headers=self.limit_headers(known, now_ns),
+                )
+        return self.limit_headers(known, now_ns)
+
+    def limit_headers(self, known: Known, now_ns: int) -> bytes:
+        """What is left, by the bucket that is nearest to its end."""
+        requests, tokens = known.request_buckets, known.token_buckets
+        r = requests[0] if len(requests) == 1 else _nearest(requests, now_ns)
+        t = tokens[0] if len(tokens) == 1 else _nearest(tokens, now_ns)
+        if r is None or t is None:
+            return b""
+        return (
+            b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-remaining-requests: %d\r\n"
+            b"x-ratelimit-reset-requests: %b\r\nx-ratelimit-limit-tokens: %d\r\n"
+            b"x-ratelimit-remaining-tokens: %d\r\nx-ratelimit-reset-tokens: %b\r\n"
+            % (
+                r.limit, r.remaining(now_ns), duration(r.reset_ns(now_ns)),
+                t.limit, t.remaining(now_ns), duration(t.reset_ns(now_ns)),
+            )
+        )  # fmt: skip
+
+    def give_back(self, known: Known, tokens: int) -> None:
+        """Tokens that were charged at admission and not used (or, below zero, the other way)."""
+        for bucket in known.token_buckets:
+            bucket.settle(-tokens)
+
+    def check_model(self, known: Known, p: Prepared) -> None:
+        """Raises Refusal: the key may not call it, or the tier is not offered."""
+        if not self.routes.may_call(known, p.route.name):
+            raise Refusal(
+                403, "model_not_allowed", f"This key may not call {p.route.name}.", param="model"
+            )
+        if p.tier not in p.route.prices:
+            raise Refusal(
+                400, "invalid_request", f"{p.route.name} is not offered as {p.tier}.",
+                param="service_tier",
+            )  # fmt: skip
+
+    # ---- credit ----------------------------------------------------------------------------
+
+    def ask(self, known: Known, exchange: Exchange, micros: int, tokens: int) -> None:
+        """Ask for a key's credit, and be told when there is an answer (`allowance_came`)."""
+        purse = known.purse
+        purse.waiting.append(exchange)
+        request = purse.want(micros, tokens, read_boot_ns())
+        if request is not None:
+            self.control.ask(request)
+        elif purse.refusal(read_boot_ns()) is not None:
+            # It was denied a moment ago: the same answer, without asking.
+            self.loop.call_soon(exchange.allowance_came)
+
+    def stop_asking(self, known: Known, exchange: Exchange) -> None:
+        try:
+            known.purse.waiting.remove(exchange)
+        except ValueError:
+            pass
+
+    def granted(self, purse: Purse) -> None:
+        """An Allowance came: everyone who waits looks again, in order."""
+        for exchange in list(purse.waiting):
+            exchange.allowance_came()
+
+    def ask_ahead(self, known: Known) -> None:
+        """A hold was taken: ask for more in time, so that the next ones need not wait."""
+        request = known.purse.want(0, 0, read_boot_ns())
+        if request is not None:
+            self.control.ask(request)
+
+    def denial(self, purse: Purse) -> Refusal:
+        """Why no more can be held, as the control plane said; or that it says nothing."""
+        if purse.denied is None:
+            return Refusal(
+                503,
+                "credit_unknown",
+                "The credit of this key cannot be asked for at the moment: try again.",
+                retry_after_s=2,
+            )
+        return self._denied(purse.denied, purse.denied_why, purse.resets_us)
+
+    def _denied(self, code: str, why: str, resets_us: int | None) -> Refusal:
+        status = 402 if code == "insufficient_quota" else 403
+        if resets_us is None:
+            return Refusal(status, code, why or "Not with this key at the moment.")
+        seconds = max(-(-(resets_us - self.now_us()) // 1_000_000), 1)
+        return Refusal(status, code, why, retry_after_s=seconds)
+
+    # ---- replicas and queues ---------------------------------------------------------------
+
+    def pick(
+        self, model: Model, tier: str, without: tuple[Replica, ...] = ()
+    ) -> Replica | None:
+        """The least busy one that has a slot; flex only where nobody else waits, and on filler."""
+        best: Replica | None = None
+        least = 1 << 30
+        is_flex = tier == "flex"
+        for replica in model.replicas:
+            if (
+                replica.inflight < least
+                and replica.inflight < replica.slots
+                and not replica.is_leaving
+                and (replica.is_filler or not is_flex)
+                and (not replica.out_until_ns or replica.out_until_ns <= read_boot_ns())
+                and replica not in without
+            ):
+                best = replica
+                least = replica.inflight
+        return best
+
+    def enqueue(self, model: Model, exchange: Exchange) -> None:
+        """Wait for a slot, up to the route's limit: for a replica to start, too."""
+        route = model.route
+        if len(model.waiting) >= route.queue_length:
+            exchange.refuse(self._overloaded(model))
+            return
+        exchange.timer = self.loop.call_later(route.queue_seconds, self._queue_ended, model, exchange)
+        model.waiting.append(exchange)
+
+    def _queue_ended(self, model: Model, exchange: Exchange) -> None:
+        exchange.timer = None
+        self.forget(model, exchange)
+        exchange.refuse(self._overloaded(model))
+
+    def _overloaded(self, model: Model) -> Refusal:
+        if any(not replica.is_leaving for replica in model.replicas):
+            why = f"All model servers of {model.name} are busy: try again."
+            return Refusal(503, "model_overloaded", why, retry_after_s=5)
+        why = f"No model server of {model.name} is ready yet: try again."
+        return Refusal(503, "no_replica", why, retry_after_s=5)
+
+    def forget(self, model: Model | None, exchange: Exchange) -> None:
+        """It waits no more."""
+        if exchange.timer is not None:
+            exchange.timer.cancel()
+            exchange.timer = None
+        if model is not None:
+            try:
+                model.waiting.remove(exchange)
+            except ValueError:
+                pass
+
+    def slot_free(self, model: Model, replica: Replica) -> None:
+        """The first who fits it goes on: default before flex."""
+        if replica.is_leaving:
+            replica.close_idle()
+            return
+        waiting = model.waiting
+        while waiting and replica.inflight < replica.slots:
+            chosen = next((x for x in waiting if x.tier != "flex"), None)
+            if chosen is None and replica.is_filler:
+                chosen = waiting[0]
+            if chosen is None:
+                return
+            self.forget(model, chosen)
+            chosen.placed(replica)
+
+    # ---- once a second ---------------------------------------------------------------------
+
+    def sweep(self) -> None:
+        """Pings, give-backs, queues whose replica came back, the clock."""
+        now_ns = self.second_ns = read_boot_ns()
+        self._set_clock()
+        for exchange in list(self.open):
+            if now_ns - exchange.wrote_ns > SILENCE_NS:
+                exchange.ping()
+        for connection in list(self.connections):
+            if connection.overdue(now_ns):
+                connection.close()
+        for request in self.routes.sweep(now_ns):
+            self.control.ask(request)
+        for model in self.routes.models.values():
+            for replica in model.replicas if model.waiting else ():
+                if not replica.out_until_ns or replica.out_until_ns <= now_ns:
+                    self.slot_free(model, replica)
+
+    def refused(self, code: str) -> None:
+        self.refusals[code] = self.refusals.get(code, 0) + 1
+
+    def note_latency(self, model: str, microseconds: int) -> None:
+        buckets = self.latency.get(model)
+        if buckets is None:
+            buckets = self.latency[model] = [0] * LATENCY_BUCKETS
+        buckets[min((microseconds // 1000).bit_length(), LATENCY_BUCKETS - 1)] += 1
+
+    def open_rows(self) -> list[bytes]:
+        """Requests that have been open for a while, as they would be lost now."""
+        return [exchange.open_row() for exchange in list(self.open)]
+
+    def gauge(self) -> Gauge:
+        file, offset = self.spool.position
+        in_flight: dict[str, int] = {}
+        ejected = []
+        now_ns = read_boot_ns()
+        for replica in self.routes.replicas.values():
+            in_flight[replica.id] = replica.inflight
+            if replica.out_until_ns > now_ns:
+                ejected.append(replica.id)
+        return Gauge(
+            gateway=self.name,
+            epoch=self.epoch,
+            snapshot=self.routes.number,
+            is_cut_off=not self.control.is_connected,
+            in_flight=in_flight,
+            waiting={m.name: len(m.waiting) for m in self.routes.models.values() if m.waiting},
+            refusals=dict(self.refusals),
+            requests=self.requests,
+            spool_file=file,
+            spool_offset=offset,
+            ejected=tuple(ejected),
+            latency_us={name: tuple(counts) for name, counts in self.latency.items()},
+        )
+
+
+def _nearest(buckets: Any, now_ns: int) -> Any:
+    return min(buckets, key=lambda b: b.remaining(now_ns) / b.limit, default=None)

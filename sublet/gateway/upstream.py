@@ -1,0 +1,329 @@
+"""Connections to model servers: a pool for each replica, HTTP/1.1 framing of their replies.
+
+A connection carries one request at a time. What its reply means is the reader's business: it gets
+the head, then either whole pieces of a streamed body as they come, or one whole body.
+
+Framing is read by hand: a token is one read with one chunk in it, and cutting that out is cheaper
+than a parser's three callbacks. Servers are ours but may be buggy: what is not well formed ends the
+connection, never the gateway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from typing import Protocol
+
+from sublet.base.wire.gateway import ReplicaRoute
+
+CONNECT_SECONDS = 2.0
+FAILURES_ALLOWED = 3
+EJECTED_NS = 30_000_000_000
+"""Three failures in a row, and a replica is out for half a minute."""
+HEAD_LIMIT = 65_536
+CHUNK_LIMIT = 16 << 20
+REPLY_LIMIT = 64 << 20
+LONGEST_SOCKET_PATH = 107
+IDLE_AT_MOST = 512
+
+_HEX = frozenset(b"0123456789abcdefABCDEF")
+
+
+class Reader(Protocol):
+    """Who reads a reply. Each call may be the last: after `ended` or `lost` there is none."""
+
+    def answered(self, up: Upstream, status: int, is_stream: bool) -> None:
+        """The head is there."""
+
+    def streamed(self, data: bytes) -> None:
+        """A piece of the body, cut anywhere."""
+
+    def ended(self, up: Upstream, body: bytes) -> None:
+        """The reply is complete; `body` is all of it, or empty where it was streamed."""
+
+    def lost(self, up: Upstream, why: str) -> None:
+        """The connection is gone in the middle, or never gave an answer."""
+
+
+class Replica:
+    """One model server as this gateway meets it. Kept from snapshot to snapshot by its id."""
+
+    __slots__ = (
+        "failures",
+        "id",
+        "idle",
+        "inflight",
+        "is_filler",
+        "is_leaving",
+        "out_until_ns",
+        "route",
+        "server",
+        "slots",
+    )
+
+    def __init__(self, route: ReplicaRoute, server: str) -> None:
+        self.id = route.id
+        self.server = server
+        self.inflight = 0
+        self.idle: dict[Upstream, None] = {}
+        self.failures = 0
+        self.out_until_ns = 0
+        self.is_leaving = False
+        self.take(route)
+
+    def take(self, route: ReplicaRoute) -> None:
+        """What a newer snapshot says of it."""
+        self.route = route
+        self.slots = route.slots
+        self.is_filler = route.is_filler
+
+    def failed(self, now_ns: int) -> None:
+        self.failures += 1
+        if self.failures >= FAILURES_ALLOWED:
+            self.out_until_ns = now_ns + EJECTED_NS
+
+    def answered(self) -> None:
+        self.failures = 0
+        self.out_until_ns = 0
+
+    def close_idle(self) -> None:
+        for up in list(self.idle):
+            up.close()
+
+
+class Upstream(asyncio.Protocol):
+    """One connection. `uses` counts requests: a failure on a used one may be its idle end."""
+
+    __slots__ = ("buffer", "is_stream", "left", "parts", "reader", "replica", "state", "t", "uses")
+
+    # What the next bytes are.
+    IDLE, HEAD, LENGTH, CHUNKS, CLOSED = range(5)
+
+    def __init__(self, replica: Replica) -> None:
+        self.replica = replica
+        self.reader: Reader | None = None
+        self.t: asyncio.Transport | None = None
+        self.state = self.IDLE
+        self.buffer = b""
+        self.parts: list[bytes] = []
+        self.left = 0
+        self.is_stream = False
+        self.uses = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
+        self.t = transport  # type: ignore[assignment]
+
+    def send(self, reader: Reader, request: bytes) -> None:
+        """Begin a request on an idle connection."""
+        assert self.t is not None
+        self.reader = reader
+        self.state = self.HEAD
+        self.buffer = b""
+        self.uses += 1
+        self.t.write(request)
+
+    def close(self) -> None:
+        """End it now; its reader hears no more of it."""
+        self.reader = None
+        self.state = self.CLOSED
+        self.replica.idle.pop(self, None)
+        if self.t is not None:
+            self.t.abort()
+
+    def pause(self) -> None:
+        if self.t is not None and self.state != self.CLOSED:
+            self.t.pause_reading()
+
+    def resume(self) -> None:
+        if self.t is not None and self.state != self.CLOSED:
+            self.t.resume_reading()
+
+    # ---- what comes ------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        state = self.state
+        if state == self.CHUNKS:
+            self._chunks(data)
+        elif state == self.HEAD:
+            self._head(data)
+        elif state == self.LENGTH:
+            self._length(data)
+        else:
+            self.close()  # Bytes out of turn: nobody asked.
+
+    def eof_received(self) -> None:
+        return None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.replica.idle.pop(self, None)
+        reader, self.reader = self.reader, None
+        was, self.state = self.state, self.CLOSED
+        if reader is not None and was != self.IDLE:
+            reader.lost(self, "the model server closed the connection")
+
+    def _broken(self, why: str) -> None:
+        reader = self.reader
+        self.close()
+        if reader is not None:
+            reader.lost(self, why)
+
+    def _head(self, data: bytes) -> None:
+        if self.buffer:
+            data = self.buffer + data
+        end = data.find(b"\r\n\r\n")
+        if end < 0:
+            self.buffer = data
+            if len(data) > HEAD_LIMIT:
+                self._broken("the head of the reply is too long")
+            return
+        head = data[:end].lower()
+        status = head[9:12]
+        if head[:7] != b"http/1." or not status.isdigit():
+            self._broken("the reply is not HTTP/1.1")
+            return
+        if status[:1] == b"1":  # 100 Continue and the like: the answer comes after it.
+            self.buffer = b""
+            self._head(data[end + 4 :])
+            return
+        reader = self.reader
+        assert reader is not None
+        is_chunked = head.find(b"\r\ntransfer-encoding: chunked") >= 0
+        length = 0
+        if not is_chunked:
+            length = _content_length(head)
+            if length < 0 or length > REPLY_LIMIT:
+                self._broken("the reply has no length")
+                return
+        # A reply in chunks that is no event stream is collected like one with a length.
+        self.is_stream = is_chunked and head.find(b"\r\ncontent-type: text/event-stream") >= 0
+        self.state = self.CHUNKS if is_chunked else self.LENGTH
+        self.left = length
+        self.buffer = b""
+        self.replica.answered()
+        reader.answered(self, int(status), self.is_stream)
+        if self.reader is not reader:
+            return  # It has let go of us.
+        rest = data[end + 4 :]
+        if not is_chunked:
+            self._length(rest)
+        elif rest:
+            self._chunks(rest)
+
+    def _length(self, data: bytes) -> None:
+        self.left -= len(data)
+        if self.left < 0:
+            self._broken("the reply is longer than it says")
+        elif self.left > 0:
+            self.parts.append(data)
+        elif self.parts:
+            self._end(b"".join((*self.parts, data)))
+        else:
+            self._end(data)
+
+    def _chunks(self, data: bytes) -> None:
+        if self.buffer:
+            data = self.buffer + data
+            self.buffer = b""
+        at, size = 0, len(data)
+        pieces: list[bytes] = []
+        is_over = False
+        while at < size:
+            line = data.find(b"\r\n", at, at + 20)
+            if line < 0:
+                if size - at >= 20:
+                    self._broken("a chunk without its size")
+                    return
+                break
+            text = data[at:line]
+            if not text or not _HEX.issuperset(text):
+                self._broken("a chunk without its size")
+                return
+            length = int(text, 16)
+            if length > CHUNK_LIMIT:
+                self._broken("a chunk is too large")
+                return
+            end = line + 2 + length
+            if end + 2 > size:
+                break
+            if data[end : end + 2] != b"\r\n":
+                self._broken("a chunk is longer than it says")
+                return
+            if length == 0:
+                if size > end + 2:
+                    self._broken("bytes after the end of the reply")
+                    return
+                is_over = True
+                at = size
+                break
+            pieces.append(data[line + 2 : end])
+            at = end + 2
+        if at < size:
+            self.buffer = data[at:] if at else data
+        if pieces:
+            self._take(pieces)
+        if is_over and self.state == self.CHUNKS:
+            self._end(b"".join(self.parts))
+
+    def _take(self, pieces: list[bytes]) -> None:
+        if self.is_stream:
+            if self.reader is not None:  # None: it had enough, and left the end to us.
+                self.reader.streamed(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+            return
+        self.parts += pieces
+        self.left += sum(map(len, pieces))
+        if self.left > REPLY_LIMIT:
+            self._broken("the reply is too long")
+
+    def let_go(self) -> None:
+        """The reader has all it needs; the connection finds its own way back to the pool."""
+        self.reader = None
+
+    def _end(self, body: bytes) -> None:
+        reader = self.reader
+        self._rest()
+        if reader is not None:
+            reader.ended(self, body)
+
+    def _rest(self) -> None:
+        self.reader = None
+        self.state = self.IDLE
+        self.buffer = b""
+        self.parts = []
+        replica = self.replica
+        if replica.is_leaving or len(replica.idle) >= IDLE_AT_MOST:
+            self.close()
+        else:
+            replica.idle[self] = None
+
+
+def _content_length(head: bytes) -> int:
+    at = head.find(b"\r\ncontent-length:")
+    if at < 0:
+        return -1
+    text = head[at + 17 :].split(b"\r", 1)[0].strip()
+    return int(text) if text.isdigit() and len(text) < 12 else -1
+
+
+async def dial(
+    replica: Replica, factory: Callable[[Replica], Upstream] = Upstream
+) -> Upstream:
+    """A new connection. Raises OSError or TimeoutError within two seconds."""
+    loop = asyncio.get_running_loop()
+    route = replica.route
+    async with asyncio.timeout(CONNECT_SECONDS):
+        if not route.path:
+            _, up = await loop.create_connection(lambda: factory(replica), route.host, route.port)
+            return up
+        if len(os.fsencode(route.path)) <= LONGEST_SOCKET_PATH:
+            _, up = await loop.create_unix_connection(lambda: factory(replica), route.path)
+            return up
+        folder, name = os.path.split(route.path)
+        descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            path = f"/proc/self/fd/{descriptor}/{name}"
+            _, up = await loop.create_unix_connection(lambda: factory(replica), path)
+            return up
+        finally:
+            os.close(descriptor)

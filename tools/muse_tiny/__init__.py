@@ -1,0 +1,1 @@
+"""The recipe of muse-tiny: read, train, export, check. README.md says how."""
