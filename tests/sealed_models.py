@@ -13,10 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from sublet.base.wire.gateway import ModelRoute
+from sublet.gateway import dialects
+from sublet.gateway.dialects import Surface
+from sublet.gateway.errors import Refusal
 from sublet.shops.models import keys
-from sublet.shops.models.servers import llama_cpp, unix
+from sublet.shops.models.servers import SERVERS, llama_cpp, unix
 
 MUSE = Path(str(files("sublet.shops.models").joinpath("carried/muse-tiny.gguf")))
 CHILD = Path(llama_cpp.__file__).parent / "child"
@@ -26,6 +31,40 @@ USER, OTHER_USER = 54_321, 54_322
 
 def seal_muse(folder: Path) -> keys.Imported:
     return keys.import_sealed(KEK, source=MUSE, folder=folder, model="muse-tiny", key_id="key_1")
+
+
+def route(*, is_sealed: bool) -> ModelRoute:
+    """muse-tiny as a snapshot would route it, with every field that its server honours."""
+    server = SERVERS["llama.cpp"]
+    return ModelRoute(
+        name="muse-tiny",
+        kind="generate",
+        deployment_id="dep_1",
+        server=server.name,
+        context=512,
+        max_output=256,
+        quantization="Q8_0",
+        owned_by="owner",
+        created_s=0,
+        lifecycle="active",
+        is_sealed=is_sealed,
+        max_n=4,
+        splits_n=server.splits_n,
+        counters=server.counters,
+        fields=server.fields,
+        prices={},
+    )
+
+
+def refusal_of(surface: Surface, *, is_sealed: bool = True, **body: Any) -> Refusal | None:
+    """What the gateway says to a request before any engine sees it; None: it passes."""
+    models = {"muse-tiny": SimpleNamespace(route=route(is_sealed=is_sealed))}
+    raw = json.dumps({"model": "muse-tiny", **body}).encode()
+    try:
+        dialects.prepare(surface, raw, models)
+    except Refusal as refused:
+        return refused
+    return None
 
 
 def traces_of(plain: bytes) -> list[bytes]:
@@ -83,6 +122,16 @@ for path, fd in held.items():
     os.close(fd)
 os.setgroups([]); os.setresgid(uid, uid, uid); os.setresuid(uid, uid, uid)
 os.execv(program, [program, *sys.argv[4:]])
+"""
+
+
+_OWN_NAMESPACE = """
+import ctypes, os
+here = os.geteuid()
+if ctypes.CDLL(None, use_errno=True).unshare(0x10000000) != 0:
+    raise OSError(ctypes.get_errno(), "no user namespace")
+with open("/proc/self/uid_map", "w") as sink:
+    sink.write(f"1000 {here} 1")
 """
 
 
@@ -153,9 +202,13 @@ def served(
     uid: int | None = None,
     sealed: keys.Imported | None = None,
     slots: int = 1,
+    namespace: bool = False,
     limits: Callable[[], None] | None = None,
 ) -> Iterator[Served]:
-    """`serve.py` as an engine would start it, on muse-tiny, plain or sealed."""
+    """`serve.py` as an engine would start it, on muse-tiny, plain or sealed.
+
+    `namespace`: in a user namespace that this uid owns, as the sandbox of an ordinary user is.
+    """
     home.mkdir(mode=0o700)
     if uid is not None and os.geteuid() == 0:
         os.chown(home, uid, uid)
@@ -171,7 +224,11 @@ def served(
         "template": None,
         "packages": [packages()],
     }
-    argv = python_as(uid, "-I", "-S", str(CHILD / "serve.py"), json.dumps(orders))
+    words = ["-I", "-S", str(CHILD / "serve.py"), json.dumps(orders)]
+    if namespace:
+        again = "import sys\nos.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+        words = ["-I", "-S", "-c", _OWN_NAMESPACE + again, *words]
+    argv = python_as(uid, *words)
     with (home / "log").open("wb") as log:
         process = subprocess.Popen(argv, cwd=home, stdout=log, stderr=log, preexec_fn=limits)
     found = Served(home, process)
@@ -185,15 +242,6 @@ def served(
 
 
 # -- probes
-
-_OWN_NAMESPACE = """
-import ctypes, os
-here = os.geteuid()
-if ctypes.CDLL(None, use_errno=True).unshare(0x10000000) != 0:
-    raise OSError(ctypes.get_errno(), "no user namespace")
-with open("/proc/self/uid_map", "w") as sink:
-    sink.write(f"0 {here} 1")
-"""
 
 _PROBE = r"""
 import ctypes, json, os, sys

@@ -16,12 +16,13 @@ from sublet.base.kernel.clock import VirtualClock
 from sublet.base.kernel.ids import SeededIds
 from sublet.base.kernel.interval import micros_since_epoch
 from sublet.base.kernel.money import Money
-from sublet.base.store import Actor, Store, metadata, open_store
+from sublet.base.store import Actor, Store, Work, metadata, open_store
 from sublet.base.wire.gateway import Allowance, AllowanceRequest, Outcome, Price, UsageEvent
 from sublet.gateway.purse import Purse, cost
 from sublet.money import billing
-from sublet.money.billing import token_store, tokens
+from sublet.money.billing import token_store
 from sublet.records import ledger, tenancy
+from sublet.shops.models import store as model_rows
 
 START = datetime(2026, 11, 2, 12, tzinfo=UTC)
 SYSTEM = Actor.system("test")
@@ -207,13 +208,25 @@ class TokenBooks:
             return check(tx, self.clock.now())
 
 
-def price_by_version() -> None:
-    tokens.price_of = lambda _tx, version: PRICES[version]
+def seed_prices(work: Work) -> None:
+    """Under names that tests can say; the catalogue gives each version one of its own."""
+    for price in PRICES.values():
+        model_rows.insert_price(
+            work.tx,
+            {
+                "model": MODEL,
+                "tier": "default",
+                "version": price.version,
+                "effective_from": work.now,
+                "input_micros": price.input_micros,
+                "cached_micros": price.cached_micros,
+                "output_micros": price.output_micros,
+            },
+        )
 
 
 def open_books(folder: Path, credit: str | None = "10") -> TokenBooks:
     """Owner and one customer with so much credit."""
-    price_by_version()
     clock = VirtualClock(START)
     store = open_store(f"sqlite:///{folder / 'sublet.db'}", clock, SeededIds(1))
     metadata.create_all(store.engine)
@@ -223,6 +236,7 @@ def open_books(folder: Path, credit: str | None = "10") -> TokenBooks:
         customer = billing.sign_up(
             work, email="a@example.org", organisation_name="Acme", trial=Money(0)
         )
+        seed_prices(work)
     books = TokenBooks(store, clock, customer, owner)
     if credit is not None:
         books.pay(credit)

@@ -104,7 +104,7 @@ class Downstream(asyncio.Protocol):
 
     def eof_received(self) -> None:
         """A client that closes its side is gone: a generation that nobody waits for is stopped."""
-        return None
+        return
 
     # ---- back-pressure ---------------------------------------------------------------------
 
@@ -163,7 +163,9 @@ class Downstream(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers += 1
         if self.headers > HEADERS_AT_MOST:
-            self.request.refusal = Refusal(431, "headers_too_large", "Too many headers: send fewer.")
+            self.request.refusal = Refusal(
+                431, "headers_too_large", "Too many headers: send fewer."
+            )
             return
         known = _HEADERS.get(name.lower())
         if known is not None:
@@ -179,9 +181,8 @@ class Downstream(asyncio.Protocol):
             request.refusal = Refusal(400, "invalid_request", "Send exactly one Host header.")
         if request.refusal is not None:
             self._refuse_early(request)
-        elif request.expects and not request.is_http10 and self.exchange is None:
-            if self.t is not None:
-                self.t.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        elif request.expects and not request.is_http10 and self.exchange is None and self.t:
+            self.t.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:
         self.size += len(body)
@@ -333,9 +334,7 @@ def _extra(refusal: Refusal) -> bytes:
 
 
 def _too_large(limit: int) -> Refusal:
-    return Refusal(
-        413, "request_too_large", f"The body is larger than {limit} bytes: send less."
-    )
+    return Refusal(413, "request_too_large", f"The body is larger than {limit} bytes: send less.")
 
 
 # ---- the headers that mean something here ---------------------------------------------------------

@@ -22,13 +22,13 @@ from sublet.base.wire.gateway import Counts, Outcome, normalise
 from sublet.gateway import errors
 from sublet.gateway.dialects import Events, cut_usage, prepare, splice_first
 from sublet.gateway.errors import Refusal
-from sublet.gateway.legs import Legs
+from sublet.gateway.legs import Counting, Legs
 from sublet.gateway.purse import cost
 from sublet.gateway.upstream import Replica, Upstream, dial
 
 if TYPE_CHECKING:
     from sublet.gateway.edge import Downstream, Request
-    from sublet.gateway.routes import Known, Model
+    from sublet.gateway.routes import Model
     from sublet.gateway.state import Gateway
 
 STEP_TOKENS = 256
@@ -64,7 +64,7 @@ class Exchange:
         self.replica: Replica | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.events: Events | None = None
-        self.legs: Legs | None = None
+        self.legs: Legs | Counting | None = None
         self.counts: Counts | None = None
         self.first_us: int | None = None
         self.tries: tuple[Replica, ...] = ()
@@ -140,7 +140,7 @@ class Exchange:
             if purse.denied is None:
                 return  # The timer decides.
             output = self._affordable()
-            if output < self.p.n and self.cap > 0 or not self._take(output):
+            if (output < self.p.n and self.cap > 0) or not self._take(output):
                 self._stop_asking()
                 self.refuse(self.g.denial(purse))
                 return
@@ -158,8 +158,9 @@ class Exchange:
         output = self._first_step()
         if self.price.output_micros:
             output = min(output, left * 1_000_000 // self.price.output_micros)
-        if purse.granted_tokens is not None:
-            output = min(output, purse.left_tokens - p.input_estimate)
+        left_tokens = purse.left_tokens
+        if left_tokens is not None:
+            output = min(output, left_tokens - p.input_estimate)
         return max(output // p.n * p.n, 0)
 
     def _unanswered(self) -> None:
@@ -194,6 +195,16 @@ class Exchange:
         replica.inflight += 1
         self.wrote_ns = self.g.second_ns
         self.g.open[self] = None
+        if self.p.needs_count:
+            self.p.needs_count = False
+            self.legs = Counting(self, replica)
+        else:
+            self.send()
+
+    def send(self) -> None:
+        """To the replica, on one connection or several."""
+        replica = self.replica
+        assert replica is not None
         if self.p.legs > 1:
             self.legs = Legs(self, replica, self.p.legs)
         elif replica.idle:
@@ -216,14 +227,12 @@ class Exchange:
 
     def _forward(self, up: Upstream) -> None:
         self.up = up
-        up.send(self, self.upstream_request())
-
-    def upstream_request(self) -> bytes:
         body = self.p.render(self.cap)
-        return (
+        up.send(
+            self,
             b"POST %b HTTP/1.1\r\nhost: replica\r\ncontent-type: application/json\r\n"
             b"x-request-id: %b\r\ncontent-length: %d\r\n\r\n%b"
-            % (self.p.path, self.rid, len(body), body)
+            % (self.p.path, self.rid, len(body), body),
         )
 
     def _again(self, why: str) -> None:
@@ -293,7 +302,7 @@ class Exchange:
     def refused(self, status: int, body: bytes) -> None:
         """The engine answered with an error, or with another kind of answer than was asked."""
         self.status = 0
-        if status >= 500 and status != 501 or status == 200:
+        if (status >= 500 and status != 501) or status == 200:
             self._again(f"it answered {status}")
         else:
             self.refuse(self.p.refusal(status, body), Outcome.FAILED)
@@ -523,6 +532,11 @@ class Exchange:
         self.has_begun = True
         self.down.is_last = True
         self._settle(outcome)
+
+    def shut(self) -> None:
+        """The gateway ends: what cannot be finished is cut, and billed so far."""
+        if not self.is_over:
+            self.cut(Outcome.INTERRUPTED, "This gateway is being restarted: try again.")
 
     def client_gone(self) -> None:
         """Nobody listens: the engine stops at once; what it had told of is billed."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sublet.base.kernel.clock import read_boot_ns
+from sublet.gateway.errors import Refusal
 from sublet.gateway.upstream import Replica, Upstream, dial
 
 if TYPE_CHECKING:
@@ -119,7 +120,9 @@ class Leg:
             up.close()
             return
         self.up = up
-        up.send(self, legs.exchange.upstream_request())
+        exchange = legs.exchange
+        body = exchange.p.render(exchange.cap, self.index)
+        up.send(self, request(exchange.p.path, exchange.rid, body))
 
     def answered(self, up: Upstream, status: int, is_stream: bool) -> None:
         if status != 200 or is_stream is not self.legs.exchange.p.stream:
@@ -145,3 +148,83 @@ class Leg:
     def lost(self, up: Upstream, why: str) -> None:
         self.up = None
         self.legs.failed(why)
+
+
+class Counting:
+    """A question before the request: how many tokens its input has. An `upstream.Reader`.
+
+    Asked only where the bound of the input and the cap together pass the context: then only the
+    engine knows whether they fit, and would stop in the middle rather than refuse.
+    """
+
+    __slots__ = ("exchange", "is_over", "replica", "status", "up")
+
+    def __init__(self, exchange: Exchange, replica: Replica) -> None:
+        self.exchange = exchange
+        self.replica = replica
+        self.up: Upstream | None = None
+        self.status = 200
+        self.is_over = False
+        exchange.g.spawn(self._begin())
+
+    async def _begin(self) -> None:
+        if self.replica.idle:
+            up = self.replica.idle.popitem()[0]
+        else:
+            try:
+                up = await dial(self.replica)
+            except (OSError, TimeoutError):
+                self.replica.failed(read_boot_ns())
+                self._lost("no connection")
+                return
+        if self.is_over:
+            up.close()
+            return
+        self.up = up
+        p = self.exchange.p
+        up.send(self, request(p.count_path, self.exchange.rid, p.count_body()))
+
+    def close(self) -> None:
+        self.is_over = True
+        if self.up is not None:
+            self.up.close()
+
+    def connections(self) -> list[Upstream | None]:
+        return [self.up]
+
+    def _lost(self, why: str) -> None:
+        if not self.is_over:
+            self.is_over = True
+            self.exchange.legs = None
+            self.exchange.legs_failed(why)
+
+    def answered(self, up: Upstream, status: int, is_stream: bool) -> None:
+        self.status = status
+        up.is_stream = False
+
+    def streamed(self, data: bytes) -> None:
+        """Never: it is read whole."""
+
+    def ended(self, up: Upstream, body: bytes) -> None:
+        self.up = None
+        self.is_over = True
+        exchange = self.exchange
+        exchange.legs = None
+        try:
+            exchange.p.counted(self.status, body)
+        except Refusal as refusal:
+            exchange.refuse(refusal)
+            return
+        exchange.send()
+
+    def lost(self, up: Upstream, why: str) -> None:
+        self.up = None
+        self._lost(why)
+
+
+def request(path: bytes, rid: bytes, body: bytes) -> bytes:
+    """A whole request to a model server."""
+    return (
+        b"POST %b HTTP/1.1\r\nhost: replica\r\ncontent-type: application/json\r\n"
+        b"x-request-id: %b\r\ncontent-length: %d\r\n\r\n%b" % (path, rid, len(body), body)
+    )

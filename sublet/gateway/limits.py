@@ -16,10 +16,11 @@ class Bucket:
     The level is kept in units of 1/60,000,000,000, so that a nanosecond refills exactly `share`.
     """
 
-    __slots__ = ("_at_ns", "_full", "_level", "limit", "share")
+    __slots__ = ("_at_ns", "_full", "_level", "gateways", "limit", "share")
 
     def __init__(self, limit: int, gateways: int) -> None:
         self.limit = limit
+        self.gateways = gateways
         self.share = max(-(-limit // gateways), 1)
         self._full = self._level = self.share * MINUTE_NS
         self._at_ns = 0
@@ -27,6 +28,7 @@ class Bucket:
     def resize(self, limit: int, gateways: int) -> None:
         """Another limit, or another number of gateways: what was used stays used."""
         self.limit = limit
+        self.gateways = gateways
         self.share = max(-(-limit // gateways), 1)
         full = self.share * MINUTE_NS
         self._level = min(self._level + max(full - self._full, 0), full)

@@ -49,7 +49,7 @@ def answer(g: Gateway, request: Request) -> Page:
             405,
             "method_not_allowed",
             f"{method.decode()} is not for this path: use {allowed.decode()}.",
-            allow=allowed,
+            headers=b"allow: %b\r\n" % allowed,
         )
     if path == b"/health":
         return _health(g)

@@ -168,9 +168,7 @@ class Purse:
         self.spent_tokens += spent_tokens
         assert self.held >= 0, "released more than was held"
 
-    def want(
-        self, needed_micros: int, needed_tokens: int, now_ns: int
-    ) -> AllowanceRequest | None:
+    def want(self, needed_micros: int, needed_tokens: int, now_ns: int) -> AllowanceRequest | None:
         """The request to send now, if any: call it after every hold, taken or not.
 
         After one that was taken nothing is needed (0, 0): then it asks ahead. At most one request
@@ -306,6 +304,4 @@ class Purse:
     def _drop(self) -> None:
         self.granted = min(self.granted, self.spent + self.held)
         if self.granted_tokens is not None:
-            self.granted_tokens = min(
-                self.granted_tokens, self.spent_tokens + self.held_tokens
-            )
+            self.granted_tokens = min(self.granted_tokens, self.spent_tokens + self.held_tokens)

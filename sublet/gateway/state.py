@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
@@ -213,10 +214,8 @@ class Gateway:
             self.loop.call_soon(exchange.allowance_came)
 
     def stop_asking(self, known: Known, exchange: Exchange) -> None:
-        try:
+        with contextlib.suppress(ValueError):
             known.purse.waiting.remove(exchange)
-        except ValueError:
-            pass
 
     def granted(self, purse: Purse) -> None:
         """An Allowance came: everyone who waits looks again, in order."""
@@ -249,9 +248,7 @@ class Gateway:
 
     # ---- replicas and queues ---------------------------------------------------------------
 
-    def pick(
-        self, model: Model, tier: str, without: tuple[Replica, ...] = ()
-    ) -> Replica | None:
+    def pick(self, model: Model, tier: str, without: tuple[Replica, ...] = ()) -> Replica | None:
         """The least busy one that has a slot; flex only where nobody else waits, and on filler."""
         best: Replica | None = None
         least = 1 << 30
@@ -275,7 +272,9 @@ class Gateway:
         if len(model.waiting) >= route.queue_length:
             exchange.refuse(self._overloaded(model))
             return
-        exchange.timer = self.loop.call_later(route.queue_seconds, self._queue_ended, model, exchange)
+        exchange.timer = self.loop.call_later(
+            route.queue_seconds, self._queue_ended, model, exchange
+        )
         model.waiting.append(exchange)
 
     def _queue_ended(self, model: Model, exchange: Exchange) -> None:
@@ -296,10 +295,8 @@ class Gateway:
             exchange.timer.cancel()
             exchange.timer = None
         if model is not None:
-            try:
+            with contextlib.suppress(ValueError):
                 model.waiting.remove(exchange)
-            except ValueError:
-                pass
 
     def slot_free(self, model: Model, replica: Replica) -> None:
         """The first who fits it goes on: default before flex."""

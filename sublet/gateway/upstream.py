@@ -306,9 +306,7 @@ def _content_length(head: bytes) -> int:
     return int(text) if text.isdigit() and len(text) < 12 else -1
 
 
-async def dial(
-    replica: Replica, factory: Callable[[Replica], Upstream] = Upstream
-) -> Upstream:
+async def dial(replica: Replica, factory: Callable[[Replica], Upstream] = Upstream) -> Upstream:
     """A new connection. Raises OSError or TimeoutError within two seconds."""
     loop = asyncio.get_running_loop()
     route = replica.route

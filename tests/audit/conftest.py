@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from token_books import PRICES, price_by_version
+from token_books import PRICES, seed_prices
 
 from sublet.audit import Violation, check
 from sublet.base.kernel.clock import VirtualClock
@@ -98,7 +98,6 @@ class Usage:
 class Cloud:
     def __init__(self, path: Path) -> None:
         self.path = path
-        price_by_version()
         self.clock = VirtualClock(START)
         self.books = open_store(f"sqlite:///{path}", self.clock, SeededIds(7))
         metadata.create_all(self.books.engine)
@@ -158,6 +157,7 @@ class Cloud:
             "gw-1": [usage.event(50)],
         }
         with self.books.work(TESTER) as work:
+            seed_prices(work)
             for name, events in spools.items():
                 request = AllowanceRequest(
                     key_id=self.buyer.key.id,

@@ -17,7 +17,22 @@ import gguf
 import numpy as np
 import sealed_models
 
-WORDS = ["the", "of", "a", "class", "function", "list", "module", "string", "object", "value", "return", "import", "error", "type"]
+WORDS = [
+    "the",
+    "of",
+    "a",
+    "class",
+    "function",
+    "list",
+    "module",
+    "string",
+    "object",
+    "value",
+    "return",
+    "import",
+    "error",
+    "type",
+]
 PER_ANSWER = 20
 
 
@@ -69,6 +84,21 @@ def test_an_open_model_tells_its_hidden_size(tmp_path: Path) -> None:
     size, fall = hidden_size(found)
     assert size == width == 192
     assert fall > 1000, "not a slope but a cliff"
+
+
+def test_the_same_questions_are_refused_of_the_sealed_model() -> None:
+    """By name, each of them, before any engine hears of it; without what gives it away, they pass."""
+    asked = list(questions(2048))
+    for question in asked:
+        refused = sealed_models.refusal_of("chat", **question)
+        assert refused is not None
+        assert (refused.status, refused.code) == (400, "sealed_parameter")
+        plain = {k: v for k, v in question.items() if k not in ("logprobs", "top_logprobs")}
+        assert sealed_models.refusal_of("chat", **plain) is None
+        few = {**question, "top_logprobs": 5}
+        assert sealed_models.refusal_of("chat", **few, is_sealed=False) is None
+        assert sealed_models.refusal_of("chat", **few) is not None, "nor a few of them"
+    assert len(asked) == 100
 
 
 def test_the_sum_finds_what_was_planted() -> None:

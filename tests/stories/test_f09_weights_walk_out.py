@@ -20,13 +20,17 @@ from typing import Any
 
 import pytest
 import sealed_models
-from sealed_models import KEK, MUSE, OTHER_USER, leaks, probe, wait_until
+from hypothesis import given
+from hypothesis import strategies as st
+from sealed_models import KEK, MUSE, OTHER_USER, leaks, probe, refusal_of, wait_until
 
 from sublet.base.kernel.clock import SystemClock
 from sublet.base.kernel.ids import SystemIds
 from sublet.base.store import Actor, Store, metadata, open_store
 from sublet.capacity.engines.local import LocalEngine
 from sublet.capacity.engines.port import Observation, Phase, StartSpec
+from sublet.gateway import dialects
+from sublet.gateway.dialects import Surface, checks
 from sublet.records import tenancy
 from sublet.rehearsal import World
 from sublet.shops import compute
@@ -215,14 +219,14 @@ def test_f9_a_tenant_beside_it_meets_nothing_of_it(machine: Machine) -> None:
     assert "No such file" in facts["data"]
     assert "No such file" in facts["door"]
     assert facts["weights"] == "0"
-    # The same attempts from outside of any sandbox: as the run's own uid, and as another.
-    if os.geteuid() == 0:
-        address = sealed_models.weights_address(peer.pid)
+    # With all processes in sight: as its own uid in a sandbox's namespace, and as another uid.
+    is_root = os.geteuid() == 0
+    address = sealed_models.weights_address(peer.pid) if is_root else 0x10000
+    own = peer.uid if is_root else None
+    assert set(probe(own, peer.pid, address, namespace=True).values()) == {"refused"}
+    if is_root:
         assert peer.uid >= 200_000, "a uid of its own"
-        for uid in (peer.uid, OTHER_USER):
-            assert set(probe(uid, peer.pid, address).values()) == {"refused"}
-    else:
-        assert set(probe(None, peer.pid, 0x10000).values()) == {"refused"}
+        assert set(probe(OTHER_USER, peer.pid, address).values()) == {"refused"}
     assert machine.complete(replica) is not None
 
 
@@ -304,6 +308,61 @@ def test_f9_a_model_that_may_not_be_loaded_stays_ciphertext(
     assert machine.complete(replica) is None
     machine.evict(replica)
     assert machine.leaks() == []
+
+
+# -- over HTTP
+
+CHAT = {"messages": [{"role": "user", "content": "The"}]}
+DOORS: list[tuple[Surface, dict[str, Any]]] = [
+    ("chat", {**CHAT, "logprobs": True, "logit_bias": {"7": 100}}),
+    ("chat", {**CHAT, "logprobs": True, "top_logprobs": 20}),
+    ("chat", {**CHAT, "top_logprobs": 1}),
+    ("chat", {**CHAT, "logit_bias": {"7": -100}}),
+    ("chat", {**CHAT, "n_probs": 2048}),
+    ("chat", {**CHAT, "lora": [{"id": 0, "scale": 1.0}]}),
+    ("chat", {**CHAT, "grammar": 'root ::= "a"'}),
+    ("chat", {**CHAT, "chat_template": "{{ messages }}"}),
+    ("completions", {"prompt": "The", "logprobs": 5}),
+    ("completions", {"prompt": "The", "n_probs": 2048}),
+    ("completions", {"prompt": "The", "echo": True}),
+    ("completions", {"prompt": [1, 2, 3]}),
+    ("completions", {"prompt": [[1, 2, 3]]}),
+    ("completions", {"prompt": "The", "lora": [{"id": 0, "scale": 1.0}]}),
+    ("embeddings", {"input": "The"}),
+    ("messages", {**CHAT, "max_tokens": 1, "logprobs": True}),
+    ("messages", {**CHAT, "max_tokens": 1, "grammar": 'root ::= "a"'}),
+]
+
+
+@pytest.mark.parametrize(("surface", "body"), DOORS)
+def test_f9_what_tells_more_than_text_is_refused(surface: Surface, body: dict[str, Any]) -> None:
+    """A line of a batch is the same body, and goes the same way."""
+    refused = refusal_of(surface, **body)
+    assert refused is not None
+    assert (refused.status, refused.code) == (400, "sealed_parameter")
+    assert refused.param in {*body, "model"}
+
+
+@given(
+    st.sampled_from(["chat", "completions", "messages"]),
+    st.sets(st.sampled_from(sorted(checks.REVEALING)), min_size=1),
+    st.sampled_from([True, 1, 0.5, "a", [1], {"7": 1}, [{"id": 0}]]),
+)
+def test_f9_no_revealing_field_passes_in_any_company(
+    surface: Surface, names: set[str], value: Any
+) -> None:
+    text: dict[str, Any] = {"prompt": "The"} if surface == "completions" else {**CHAT}
+    if surface == "messages":
+        text["max_tokens"] = 1
+    assert refusal_of(surface, **text) is None
+    assert refusal_of(surface, **text, **dict.fromkeys(names, value)) is not None
+
+
+def test_f9_the_list_of_models_tells_nothing_of_its_inside() -> None:
+    shown = dialects.model_object(sealed_models.route(is_sealed=True))
+    assert b"muse-tiny" in shown
+    for inside in (b"sealed", b"sha256", b".gguf", b"n_embd", b"192", b"2048", b"path", b"socket"):
+        assert inside not in shown, inside
 
 
 # -- placement

@@ -26,7 +26,7 @@ token_lines = sa.Table(
     sa.Column("key_id", sa.String(40), nullable=False),
     sa.Column("replica_id", sa.String(40), nullable=False),
     sa.Column("is_first_party", sa.Boolean, nullable=False),
-    sa.Column("model", sa.String(80), nullable=False),
+    sa.Column("model", sa.String(200), nullable=False),
     sa.Column("tier", sa.String(24), nullable=False),
     sa.Column("version", sa.String(64), nullable=False),
     sa.Column("day", sa.Integer, nullable=False),
@@ -41,7 +41,15 @@ token_lines = sa.Table(
     sa.Column("number", sa.Integer, nullable=False),
     # A key has one organisation and one project for ever: they need not be in it.
     sa.UniqueConstraint(
-        "key_id", "day", "model", "tier", "version", "token_class", "kind", "replica_id"
+        "key_id",
+        "day",
+        "model",
+        "tier",
+        "version",
+        "token_class",
+        "kind",
+        "replica_id",
+        name="uq_billing_token_line_what",
     ),
     sa.Index(None, "organisation_id", "day"),
     sa.Index(None, "replica_id", "day"),

@@ -44,20 +44,14 @@ from sublet.money.billing.token_store import AllowanceRow
 from sublet.records import ledger, metering, tenancy
 from sublet.records.metering import Gap, Reading, TokenUsage
 from sublet.rights import market
-
-PriceOf = Callable[[Connection, str], Price]
-
-
-def _unknown(_tx: Connection, version: str) -> Price:
-    raise LookupError(version)
-
-
-price_of: PriceOf = _unknown
+from sublet.shops import models
 
 CURRENCY = "USD"
 PRODUCT = "tokens"
 FIRST_PARTY = "first_party"
 """The owner's own use is priced, and no revenue: as of compute."""
+SUBJECT_LENGTH = 80
+"""A transfer's subject has room for so much of a model's name; `detail` has the whole."""
 RECONCILED_TO = "billing_reconciled_to"
 """The installation's fact: readings before this instant are set against the records."""
 
@@ -119,7 +113,7 @@ def _book(work: Work, gateway: str, epoch: int, events: Sequence[UsageEvent]) ->
 
 
 def _price_of(work: Work) -> Callable[[str], Price]:
-    return lambda version: price_of(work.tx, version)
+    return lambda version: models.price_of(work.tx, version)
 
 
 def _grown(work: Work, tallies: dict[LineKey, Tally]) -> list[TokenLine]:
@@ -131,7 +125,7 @@ def _grown(work: Work, tallies: dict[LineKey, Tally]) -> list[TokenLine]:
         line = known.get(key)
         if line is None:
             price = prices.get(key.version) or prices.setdefault(
-                key.version, price_of(work.tx, key.version)
+                key.version, models.price_of(work.tx, key.version)
             )
             line = _new(work, key, price_of_class(price, key.token_class))
         grown.append(
@@ -252,7 +246,7 @@ def _move(
         organisation_id=key.organisation_id,
         project_id=key.project_id,
         key_id=key.key_id or None,
-        subject=key.model,
+        subject=key.model[:SUBJECT_LENGTH],
         starts_at=starts_at,
         ends_at=starts_at + timedelta(days=1),
         detail={
@@ -302,7 +296,7 @@ def post_correction(work: Work, usage: TokenUsage) -> None:
         group.key(TOKEN_LOSS, OUTPUT): sums.lost,
     }
     known = token_store.find_lines(work.tx, wanted)
-    price = price_of(work.tx, usage.price_version)
+    price = models.price_of(work.tx, usage.price_version)
     changes: dict[LineKey, Tally] = {}
     for key, quantity in wanted.items():
         line = known.get(key)

@@ -258,7 +258,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
 def test_an_import_killed_in_the_middle_leaves_no_plaintext_and_does_not_block_the_next(
     tmp_path: Path,
 ) -> None:
-    """The source is a pipe of our own making, so that the kill falls where we want it."""
+    """It stops by itself in the middle, so that the kill falls there."""
     marker = b"GGUF-not-to-be-found" * 40
     (tmp_path / "plain").write_bytes(marker * 2000)
     script = (

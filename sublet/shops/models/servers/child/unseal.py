@@ -346,7 +346,6 @@ def receive_key(path: str, wait_seconds: float = KEY_SECONDS) -> bytearray:
     """
     with contextlib.closing(_listen(path)) as listening:
         try:
-            _check_private(path)
             end = time.monotonic() + wait_seconds
             while (left := end - time.monotonic()) > 0:
                 if signal.SIGTERM in signal.sigpending():
@@ -368,19 +367,23 @@ def receive_key(path: str, wait_seconds: float = KEY_SECONDS) -> bytearray:
 
 
 def _listen(path: str) -> socket.socket:
-    """Bound by way of its folder: a socket's address has no room for a long path."""
+    """Bound by way of its folder, since a socket's address has no room for a long path, and named
+    once it listens: who sees the name can call."""
     folder, name = os.path.split(path)
+    draft = os.path.join(folder, f".{name}")
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     before = os.umask(0o177)
     try:
         fd = os.open(folder or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            listening.bind(f"/proc/self/fd/{fd}/{name}")
-            listening.listen(1)
+                os.unlink(draft)
+            listening.bind(f"/proc/self/fd/{fd}/.{name}")
         finally:
             os.close(fd)
+        _check_private(draft)
+        listening.listen(8)
+        os.rename(draft, path)
     except BaseException:
         listening.close()
         raise

@@ -1,0 +1,58 @@
+"""The dialects: what OpenAI and Anthropic clients say, in the engines' words, and back. Pure.
+
+Owns     the surfaces, the checks of every request field, the bound of a request's input, the
+         upstream body, and the rewriting of answers, events and engines' errors.
+Always   a field is honoured, listed as harmless, or refused by name, never dropped by accident;
+         `prepare` raises Refusal and nothing else; the bound is never below the input; a sealed
+         model is asked for nothing but text; of an engine's bytes only our own cuts and fills are
+         changed where a stream passes as bytes.
+Callers  exchange and legs (requests, answers, events), edge and pages (paths, lists of models).
+
+Fields that change neither what is made nor what it costs are checked and dropped; the list is
+`checks.IGNORED`, `store: false`, `modalities: ["text"]`, and for Messages `metadata`,
+`cache_control`, `thinking: disabled`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sublet.gateway.dialects.chat import Chat
+from sublet.gateway.dialects.checks import read_object
+from sublet.gateway.dialects.completions import Completions
+from sublet.gateway.dialects.embeddings import Embeddings
+from sublet.gateway.dialects.events import Events
+from sublet.gateway.dialects.messages import CountTokens, Messages
+from sublet.gateway.dialects.prepared import Model, Prepared, find_route
+from sublet.gateway.dialects.streams import cut_counters, cut_usage, splice_first
+from sublet.gateway.dialects.surfaces import SURFACES, Surface, model_list, model_object
+
+_READERS: dict[Surface, tuple[type[Prepared], str]] = {
+    "chat": (Chat, "generate"),
+    "completions": (Completions, "generate"),
+    "embeddings": (Embeddings, "embed"),
+    "messages": (Messages, "generate"),
+    "count_tokens": (CountTokens, "generate"),
+}
+
+
+def prepare(surface: Surface, raw: bytes, models: Mapping[str, Model]) -> Prepared:
+    """Read, check and translate one request. Raises Refusal, and nothing else."""
+    body = read_object(raw)
+    reader, kind = _READERS[surface]
+    return reader(raw, body, find_route(body, models, kind))
+
+
+__all__ = [
+    "SURFACES",
+    "Events",
+    "Model",
+    "Prepared",
+    "Surface",
+    "cut_counters",
+    "cut_usage",
+    "model_list",
+    "model_object",
+    "prepare",
+    "splice_first",
+]
