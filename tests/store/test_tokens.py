@@ -497,6 +497,27 @@ def test_what_an_engine_made_for_nobody_is_booked_and_follows_its_readings(
     )
 
 
+def test_what_an_engine_counted_before_it_was_ready_is_nobodys(books: TokenBooks) -> None:
+    books.ask(1_000_000)
+
+    def begin(predicted: int) -> None:
+        with books.store.work(SYSTEM) as work:
+            metering.begin_readings(work, "ins_replica_1", prompt=9, cached=2, predicted=predicted)
+
+    def read(prompt: int, cached: int, predicted: int) -> metering.Gap:
+        with books.store.work(SYSTEM) as work:
+            return metering.keep_reading(
+                work, "ins_replica_1", prompt=prompt, cached=cached, predicted=predicted
+            )
+
+    begin(1)
+    books.ingest([books.event(100, 20, 50)], 10)
+    begin(77)  # Once it has begun, it has.
+    assert read(109, 22, 51).is_none
+    gap = read(109, 22, 50)
+    assert (gap.output, gap.is_excess) == (-1, True)
+
+
 def test_a_step_reconciles_once_a_day(books: TokenBooks) -> None:
     books.ask(1_000_000)
     books.ingest([books.event(output=500)], 10)

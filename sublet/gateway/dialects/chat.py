@@ -23,7 +23,6 @@ from sublet.gateway.dialects.prepared import (
     Prepared,
     counts_of,
 )
-from sublet.gateway.dialects.streams import TIMINGS, USAGE, object_end
 from sublet.gateway.dialects.surfaces import Surface
 from sublet.gateway.dialects.tools import Calls, call_schema, forced_call
 
@@ -46,8 +45,6 @@ _KEYS = {
 }  # fmt: skip
 _ECHOED = ("refusal", "annotations", "audio", "function_call")
 """What a client sends back of an answer: of no meaning to the model, and dropped."""
-_MESSAGE = b',"message":{"role":"assistant",'
-_FILLED = b',"logprobs":null,"message":{"role":"assistant","refusal":null,"annotations":[],'
 
 
 class Chat(Prepared):
@@ -157,49 +154,25 @@ class Chat(Prepared):
     # ---- from the engine -------------------------------------------------------------------
 
     def _reply(self, raw: bytes, tier: str) -> tuple[bytes, Counts]:
-        if not self.is_parsed and not self.prefill and self.n == 1:
-            spliced = self._splice(raw, tier)
-            if spliced is not None:
-                return spliced
-        return self._join([raw], tier)
-
-    def _splice(self, raw: bytes, tier: str) -> tuple[bytes, Counts] | None:
-        """An answer in the form that llama.cpp gives, made whole without writing it anew; None:
-        it has another form."""
-        at = raw.find(_MESSAGE)
-        usage = raw.rfind(USAGE)
-        if (
-            at < 0
-            or usage < at
-            or raw[:1] != b"{"
-            or b'"refusal":' in raw
-            or b'"logprobs":' in raw
-            or b'"annotations":' in raw
-            or b'"service_tier":' in raw
-            or b'"object":"chat.completion"' not in raw
-            or b'"model":"%b"' % self.route.name.encode() not in raw
-            or b'"id":"' not in raw
-            or raw.find(_MESSAGE, at + 1) >= 0
-            or b'"finish_reason":""' in raw
-        ):
-            return None
-        begin = usage + len(USAGE) - 1
-        end = object_end(raw, begin)
-        if end < 0:
-            return None
-        counts = counts_of(self.route, orjson.loads(raw[begin:end]))
-        cut = raw.find(TIMINGS, end)
-        after = object_end(raw, cut + len(TIMINGS) - 1) if cut >= 0 else -1
-        if after < 0:
-            cut = after = len(raw)
-        body = b'{"service_tier":"%b",%b%b%b%b' % (
-            tier.encode(),
-            raw[1:at],
-            _FILLED,
-            raw[at + len(_MESSAGE) : cut],
-            raw[after:],
-        )
-        return body, counts
+        """One plain choice is filled where it lacks something; all else is written anew."""
+        if self.is_parsed or self.prefill or self.n > 1:
+            return self._join([raw], tier)
+        reply = read_reply(raw)
+        choice = reply["choices"][0]
+        message = choice["message"]
+        if "tool_calls" in message or not choice["finish_reason"] or not reply["id"]:
+            return self._join([raw], tier)
+        counts = counts_of(self.route, reply["usage"])
+        reply.pop("timings", None)
+        reply["object"] = "chat.completion"
+        reply["model"] = self.route.name
+        reply["service_tier"] = tier
+        choice.setdefault("logprobs", None)
+        message.setdefault("content", "")
+        message.setdefault("refusal", None)
+        if message.get("annotations") is None:
+            message["annotations"] = []
+        return orjson.dumps(reply), counts
 
     def _join(self, raws: list[bytes], tier: str) -> tuple[bytes, Counts]:
         replies = [read_reply(raw) for raw in raws]

@@ -28,8 +28,14 @@ NEVER, PASS, APART = 0, 1, 2
 def object_end(data: bytes, begin: int) -> int:
     """The index after the object of numbers whose opening brace is at `begin`; -1: it is cut."""
     end = data.find(b"}", begin) + 1
-    while end and data.count(b"{", begin, end) > data.count(b"}", begin, end):
-        end = data.find(b"}", end) + 1
+    inner = data.find(b"{", begin + 1, end)
+    while inner >= 0 and end:
+        # An object inside closed here: the outer one ends at a later brace.
+        inner = data.find(b"{", inner + 1, end)
+        after = data.find(b"}", end) + 1
+        if inner < 0:
+            inner = data.find(b"{", end, after)
+        end = after
     return end or -1
 
 

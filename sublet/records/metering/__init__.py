@@ -53,6 +53,7 @@ from sublet.records.metering.token_model import (
     UsageInconsistent,
 )
 from sublet.records.metering.tokens import (
+    begin_readings,
     close_epoch,
     correct_tokens,
     find_last_served,
@@ -91,6 +92,7 @@ __all__ = [
     "Use",
     "advance",
     "begin_device",
+    "begin_readings",
     "close_epoch",
     "close_meter",
     "correct",

@@ -81,7 +81,8 @@ class Epoch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """A replica's own totals as it last said them; beside them ours, of rows to `counted_seq`."""
+    """A replica's own totals as it last said them; beside them ours: what it had counted when it
+    became ready, and then its rows to `counted_seq`."""
 
     replica_id: str
     prompt: int

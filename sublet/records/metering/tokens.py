@@ -252,6 +252,27 @@ def replica_totals(tx: Connection, replica_id: str) -> ReplicaTotals:
     )
 
 
+def begin_readings(
+    work: Work, replica_id: str, *, prompt: int, cached: int | None, predicted: int
+) -> None:
+    """From here on an engine's totals are set against records: what it counted until it was ready
+    was its own trial, and nobody's. A replica that has a reading keeps it."""
+    if token_store.find_reading(work.tx, replica_id) is not None:
+        return
+    begun = Reading(
+        replica_id=replica_id,
+        prompt=prompt,
+        cached=cached,
+        predicted=predicted,
+        input_uncached=prompt,
+        cache_read=cached or 0,
+        made=predicted,
+        counted_seq=token_store.last_seq(work.tx),
+        read_at=work.now,
+    )
+    token_store.put_reading(work.tx, begun)
+
+
 def keep_reading(
     work: Work, replica_id: str, *, prompt: int, cached: int | None, predicted: int
 ) -> Gap:
