@@ -7,11 +7,12 @@ import json
 import statistics
 from collections.abc import Callable
 
-from bench import first_ssh, rent
+from bench import first_ssh, gateway, rent
 
 BENCHES: dict[str, Callable[[int], dict[str, list[float]]]] = {
     "rent": rent.run,
     "first_ssh": first_ssh.run,
+    "gateway": gateway.run,
 }
 
 

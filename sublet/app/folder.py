@@ -43,6 +43,16 @@ class Folder:
         return self.root / "bastion"
 
     @property
+    def gateway(self) -> Path:
+        """The snapshot, the control socket, and a folder of spools for each gateway."""
+        return self.root / "gateway"
+
+    @property
+    def models(self) -> Path:
+        """Weights that were converted or sealed here."""
+        return self.root / "models"
+
+    @property
     def log(self) -> Path:
         return self.root / "sublet.log"
 
@@ -54,7 +64,7 @@ class Folder:
     def make(self) -> None:
         """Create what is missing. Raises FolderUnusable in one sentence."""
         try:
-            for path in (self.root, self.engine, self.bastion):
+            for path in (self.root, self.engine, self.bastion, self.gateway):
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
             # The engine's homes are entered by tenants' own user ids; the folder itself stays shut.
             os.chmod(self.root, 0o711 if os.geteuid() == 0 else 0o700)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -22,6 +22,10 @@ log = structlog.get_logger()
 LONGEST_SLEEP_SECONDS = 30.0
 FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 10.0
+LOOPS = "loops"
+LINK = "link"
+LISTENERS = (LOOPS, LINK)
+"""Who is nudged when something was committed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +45,20 @@ class _State:
 
 
 class Runner:
-    """Threads for loops, and the socket on which other processes nudge them."""
+    """Threads for loops, and the socket on which other processes nudge them.
 
-    def __init__(self, loops: list[Loop], clock: Clock, installation_id: str) -> None:
+    `listener`: which process of the installation this is, for there are several runners.
+    """
+
+    def __init__(
+        self, loops: list[Loop], clock: Clock, installation_id: str, listener: str = LOOPS
+    ) -> None:
         self._states = [_State(loop) for loop in loops]
         self._clock = clock
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(nudge_address(installation_id))
+        self._socket.bind(nudge_address(installation_id, listener))
         self._socket.settimeout(0.5)
 
     def start(self) -> None:
@@ -64,6 +73,12 @@ class Runner:
     def nudge(self) -> None:
         for state in self._states:
             if state.loop.nudged:
+                state.wake.set()
+
+    def wake(self, name: str) -> None:
+        """Have one loop step now, nudged or not."""
+        for state in self._states:
+            if state.loop.name == name:
                 state.wake.set()
 
     def stop(self) -> None:
@@ -100,19 +115,20 @@ class Runner:
         return min(max(wait, 0.0), LONGEST_SLEEP_SECONDS)
 
 
-def nudge_address(installation_id: str) -> str:
+def nudge_address(installation_id: str, listener: str) -> str:
     """An abstract socket: it needs no file and ends with its process."""
-    return f"\0sublet-nudge-{installation_id}"
+    return f"\0sublet-nudge-{installation_id}-{listener}"
 
 
 class Nudger:
-    """Wakes the loops of this installation from any process; never blocks, never fails."""
+    """Wakes runners of this installation from any process; never blocks, never fails."""
 
-    def __init__(self, installation_id: str) -> None:
-        self._address = nudge_address(installation_id)
+    def __init__(self, installation_id: str, listeners: Sequence[str] = LISTENERS) -> None:
+        self._addresses = [nudge_address(installation_id, listener) for listener in listeners]
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
 
     def __call__(self) -> None:
-        with suppress(OSError):
-            self._socket.sendto(b"1", self._address)
+        for address in self._addresses:
+            with suppress(OSError):
+                self._socket.sendto(b"1", address)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pydantic_settings import (
 from sublet.base.kernel.errors import Invalid
 
 DEFAULT_DATA = Path(".sublet")
+WEIGHTS = ".weights"
 
 
 class SettingsInvalid(Invalid):
@@ -34,7 +36,33 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address that the API and SSH listen on.")
     port: int = Field(8700, ge=0, le=65535, description="Port of the API; 0 picks a free one.")
     gateway_port: int = Field(
-        8701, ge=0, le=65535, description="Port of the model gateway, once there is one."
+        8701, ge=0, le=65535, description="Port of the model gateway; 0 picks a free one."
+    )
+    gateways: int = Field(
+        1, ge=1, le=64, description="Gateway processes, side by side on the gateway's port."
+    )
+    body_limit: int = Field(
+        16 << 20,
+        ge=1024,
+        le=1 << 30,
+        description="Bytes of a request to the gateway: beyond it is refused with 413.",
+    )
+    gateway_stale_seconds: int = Field(
+        60,
+        ge=15,
+        le=3600,
+        description="A gateway that has heard nothing new from the control plane for so long refuses "
+        "calls.",
+    )
+    weights: Path | None = Field(
+        None,
+        description="Folder of the weights that `make setup` fetched; default: `.weights` beside the "
+        "installation's virtual environment, else in the working directory.",
+    )
+    key_file: Path | None = Field(
+        None,
+        description="File of the key that seals models, outside of the data folder; default: one "
+        "named for the installation in the user's configuration folder.",
     )
     ssh_port: int = Field(2222, ge=0, le=65535, description="Port of SSH; 0 picks a free one.")
     api_workers: int = Field(1, ge=1, le=64, description="Processes that answer the API.")
@@ -76,6 +104,14 @@ class Settings(BaseSettings):
         del dotenv_settings, file_secret_settings
         toml = TomlConfigSettingsSource(settings_cls, Path("sublet.toml"))
         return init_settings, env_settings, toml
+
+    @property
+    def weights_folder(self) -> Path:
+        """Where weights are looked for; it need not exist."""
+        if self.weights is not None:
+            return self.weights.expanduser().absolute()
+        beside = Path(sys.prefix).parent / WEIGHTS
+        return beside if beside.is_dir() else Path(WEIGHTS).absolute()
 
     @property
     def database(self) -> str:

@@ -38,6 +38,7 @@ ALLOWANCE_SECONDS = 2.0
 TRIES = 3
 """Attempts before the first byte."""
 CARRY_LIMIT = 8 << 20
+NAMES_KEPT = 4096
 DONE = b"data: [DONE]\n\n"
 TIMINGS = b',"timings":{'
 PREDICTED = b'"predicted_n":'
@@ -79,7 +80,7 @@ class Exchange:
         g, request = self.g, self.request
         try:
             known = self.known = g.identify(request)
-            self.limits = g.take_request(known)
+            g.take_request(known)
             p = self.p = prepare(request.surface, request.body, g.routes.models)
             request.body = b""
             self.model = g.routes.models[p.route.name]
@@ -87,7 +88,7 @@ class Exchange:
             self.tier = p.tier
             self.price = p.route.prices[p.tier]
             self.cap = p.cap
-            self.limits = g.take_tokens(known, p.input_estimate + p.cap * p.n)
+            self.limits = g.charge(known, p.input_estimate + p.cap * p.n)
         except Refusal as refusal:
             self.refuse(refusal)
             return
@@ -484,13 +485,12 @@ class Exchange:
             self.write(self.p.ping)
 
     def _head(self) -> bytes:
-        route = self.p.route
-        return b"HTTP/1.1 200 OK\r\n%b%bx-request-id: %b\r\nx-sublet-tier: %b\r\n%b%b" % (
-            self.g.date,
+        g = self.g
+        return b"HTTP/1.1 200 OK\r\n%b%bx-request-id: %b\r\n%b%b" % (
+            g.date,
             self.down.connection,
             self.rid,
-            self.tier.encode(),
-            self.g.served_by(route),
+            g.served_by(self.p.route, self.tier),
             self.limits,
         )
 
@@ -614,59 +614,60 @@ class Exchange:
         purse.settle(self.held, self.held_tokens, spent, tokens)
         self.held = self.held_tokens = 0
         g.give_back(self.known, p.input_estimate + p.cap * p.n - tokens)
-        row = orjson.dumps(
-            {
-                "id": self.rid.decode(),
-                **self.known.payer,
-                "model": p.route.name,
-                "deployment_id": p.route.deployment_id,
-                "replica_id": replica.id,
-                "surface": p.surface,
-                "tier": self.tier,
-                "price_version": self.price.version,
-                "outcome": outcome,
-                "started_us": self.started_us,
-                "ended_us": g.now_us(),
-                "first_us": self.first_us,
-                "input_uncached": uncached,
-                "cache_read": cached,
-                "output": output,
-                "made": made,
-                "micros": spent,
-                "is_inconsistent": counts.is_inconsistent,
-            }
-        )
+        row = b'{"id":"%b",%b,"outcome":"%b","started_us":%d,"ended_us":%d,"first_us":%b,"input_uncached":%d,"cache_read":%d,"output":%d,"made":%d,"micros":%d,"is_inconsistent":%b}' % (
+            self.rid,
+            self._named(replica),
+            outcome.encode(),
+            self.started_us,
+            g.now_us(),
+            b"null" if self.first_us is None else b"%d" % self.first_us,
+            uncached,
+            cached,
+            output,
+            made,
+            spent,
+            b"true" if counts.is_inconsistent else b"false",
+        )  # fmt: skip
         self._leave()
         g.spool.append(row, self._on_disk)
 
     def _on_disk(self) -> None:
         self.down.answer(self, self.tail)
 
-    def open_row(self) -> bytes:
-        """As it stands, for the file of what was open when a gateway died: lost, and free."""
-        p, replica = self.p, self.replica
-        assert replica is not None
-        return orjson.dumps(
-            {
-                "id": self.rid.decode(),
+    def _named(self, replica: Replica) -> bytes:
+        """The members of a usage event that name who, what and where: alike for many requests."""
+        key = (self.known.key_id, self.price.version, self.p.surface, replica.id)
+        found = self.g.names.get(key)
+        if found is None:
+            route = self.p.route
+            named = {
                 **self.known.payer,
-                "model": p.route.name,
-                "deployment_id": p.route.deployment_id,
+                "model": route.name,
+                "deployment_id": route.deployment_id,
                 "replica_id": replica.id,
-                "surface": p.surface,
+                "surface": self.p.surface,
                 "tier": self.tier,
                 "price_version": self.price.version,
-                "outcome": Outcome.LOST,
-                "started_us": self.started_us,
-                "ended_us": self.g.now_us(),
-                "first_us": self.first_us,
-                "input_uncached": 0,
-                "cache_read": 0,
-                "output": 0,
-                "made": self.made,
-                "micros": 0,
-                "is_inconsistent": False,
             }
+            if len(self.g.names) >= NAMES_KEPT:
+                self.g.names.clear()
+            found = self.g.names[key] = orjson.dumps(named)[1:-1]
+        return found
+
+    def open_row(self) -> bytes:
+        """As it stands, for the file of what was open when a gateway died: lost, and free."""
+        assert self.replica is not None
+        return (
+            b'{"id":"%b",%b,"outcome":"lost","started_us":%d,"ended_us":%d,"first_us":%b,'
+            b'"input_uncached":0,"cache_read":0,"output":0,"made":%d,"micros":0}'
+            % (
+                self.rid,
+                self._named(self.replica),
+                self.started_us,
+                self.g.now_us(),
+                b"null" if self.first_us is None else b"%d" % self.first_us,
+                self.made,
+            )
         )
 
 

@@ -19,6 +19,7 @@ The same rules hold for tokens a day; None there means that no limit binds.
 How much is asked for follows the spending: a slice that lasted less than half a second is doubled,
 one that lasted longer than two is halved, and more is asked for when half of it is left. So a busy
 key has some seconds' worth in hand and never waits, an idle one ties up nothing after five seconds.
+A slice that came smaller than asked counts as what it is, so that who is given little asks for little.
 """
 
 from __future__ import annotations
@@ -141,9 +142,14 @@ class Purse:
 
     # ---- the hot path ----------------------------------------------------------------------
 
-    def take(self, micros: int, tokens: int) -> bool:
-        """Hold so much, or change nothing and say so."""
+    def take(self, micros: int, tokens: int, now_ns: int = 0) -> bool:
+        """Hold so much, or change nothing and say so.
+
+        `now_ns` for what begins: it is not begun on an Allowance that has expired.
+        """
         if not self.is_free:
+            if now_ns >= self._expires_ns:
+                return False
             if self.granted - self.spent - self.held < micros:
                 return False
             limit = self.granted_tokens
@@ -252,6 +258,10 @@ class Purse:
             self._short = self._short_tokens = 0  # Who still waits says so again.
         if answers > self._barrier:
             self._slice_ns = now_ns
+            left, left_tokens = self.left, self.left_tokens
+            self._slice = max(min(self._slice, left), 1)
+            if left_tokens is not None:
+                self._slice_tokens = min(self._slice_tokens, left_tokens)
             self._low = self._slice // 2
             self._low_tokens = self._slice_tokens // 2
         return True
@@ -268,8 +278,8 @@ class Purse:
         if self.is_free:
             return None
         if now_ns >= self._expires_ns and self.granted > self.spent + self.held:
-            # Without a word from the control plane for that long nothing new begins. G may be
-            # lowered here at any time; the next Allowance raises it again.
+            # Let go, for running requests as well: the control plane counts on it at the end of a
+            # budget's window. G may be lowered here at any time; the next Allowance raises it.
             self._drop()
         if self._swept != self.takes:
             self._swept = self.takes
@@ -296,7 +306,6 @@ class Purse:
         self._low = self._low_tokens = 0
         self._slice = self._slice_tokens = 0
         self._slice_ns = 0
-        self._renew_ns = now_ns + (1 << 62)  # Nothing to renew until there is a next slice.
         request = self._ask(0, 0, now_ns)
         self._barrier = self._serial
         return request

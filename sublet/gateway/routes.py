@@ -23,7 +23,7 @@ from sublet.gateway.limits import Bucket
 from sublet.gateway.purse import Purse
 
 SECRETS_KEPT = 4096
-"""Secrets whose digest is known; so many strange ones at most are kept meanwhile."""
+"""Secrets of valid keys whose digest is known."""
 
 
 class Known:
@@ -74,18 +74,28 @@ class Model:
 
 
 class Routes:
-    """What one snapshot says, with everything that lives on beneath it."""
+    """What one snapshot says, with everything that lives on beneath it.
 
-    def __init__(self, number: int, made_us: int) -> None:
-        self.number = number
-        self.made_us = made_us
+    Purses and buckets come into being with a key's first use. A purse lives as long as the process,
+    even when its key is gone: it may still pay for what runs, and its totals are the epoch's.
+    """
+
+    def __init__(self, snapshot: Snapshot, epoch: int) -> None:
+        self.number = snapshot.number
+        self.made_us = snapshot.made_us
         self.models: dict[str, Model] = {}
         self.replicas: dict[str, Any] = {}
-        self.purses: dict[str, Purse] = {}
+        """All of this snapshot, by id."""
         self.leaving: list[Any] = []
-        """Replicas that are not in this snapshot and still have something in flight."""
+        """Replicas that are not in this snapshot and still had something in flight."""
+        self.purses: dict[str, Purse] = {}
+        self._epoch = epoch
+        self._policies = snapshot.keys
+        self._limits = snapshot.limits
+        self._gateways = snapshot.gateways
+        self._is_free = snapshot.first_party_free
         self._known: dict[str, Known] = {}
-        self._secrets: dict[bytes, Known | None] = {}
+        self._secrets: dict[bytes, Known] = {}
         self._buckets: dict[tuple[str, str], Bucket] = {}
 
     @classmethod
@@ -96,56 +106,68 @@ class Routes:
         epoch: int,
         make_replica: Callable[[ReplicaRoute, str], Any],
     ) -> Routes:
-        """The routes of a newer snapshot."""
-        routes = cls(snapshot.number, snapshot.made_us)
-        old = previous if previous is not None else cls(0, 0)
-        for scope, limits in snapshot.limits.items():
-            for unit, limit in (
-                ("requests", limits.requests_per_minute),
-                ("tokens", limits.tokens_per_minute),
-            ):
+        """The routes of a newer snapshot. Costs little for keys that nobody uses.
+
+        What lives on is changed in place, so that the previous routes are not to be used again.
+        """
+        routes = cls(snapshot, epoch)
+        old: dict[str, Any] = {}
+        models: dict[str, Model] = {}
+        if previous is not None:
+            routes.purses = previous.purses
+            for (scope, unit), bucket in previous._buckets.items():
+                limit = routes._limit(scope, unit)
                 if limit is not None:
-                    bucket = old._buckets.get((scope, unit))
-                    if bucket is None:
-                        bucket = Bucket(limit, snapshot.gateways)
-                    elif bucket.limit != limit or bucket.gateways != snapshot.gateways:
+                    if bucket.limit != limit or bucket.gateways != snapshot.gateways:
                         bucket.resize(limit, snapshot.gateways)
                     routes._buckets[scope, unit] = bucket
-        # A purse that a snapshot does not name may still pay for what runs.
-        routes.purses = dict(old.purses)
-        for digest, policy in snapshot.keys.items():
-            routes._known[digest] = routes._know(policy, snapshot, epoch)
-        routes._take_models(snapshot, old, make_replica)
+            old = {r.id: r for r in (*previous.leaving, *previous.replicas.values())}
+            models = previous.models
+        routes._take_models(snapshot, models, old, make_replica)
         return routes
 
-    def _know(self, policy: KeyPolicy, snapshot: Snapshot, epoch: int) -> Known:
+    def _limit(self, scope: str, unit: str) -> int | None:
+        limits = self._limits.get(scope)
+        if limits is None:
+            return None
+        return limits.requests_per_minute if unit == "requests" else limits.tokens_per_minute
+
+    def _know(self, policy: KeyPolicy) -> Known:
         purse = self.purses.get(policy.id)
         if purse is None:
-            purse = self.purses[policy.id] = Purse(policy.id, epoch)
+            purse = self.purses[policy.id] = Purse(policy.id, self._epoch)
         purse.is_first_party = policy.is_first_party
-        purse.is_free = policy.is_first_party and snapshot.first_party_free
-        found = {
-            unit: tuple(
-                self._buckets[scope, unit]
-                for scope in policy.scopes
-                if (scope, unit) in self._buckets
-            )
-            for unit in ("requests", "tokens")
-        }
-        return Known(policy, purse, found["requests"], found["tokens"])
+        purse.is_free = policy.is_first_party and self._is_free
+        return Known(policy, purse, self._bind(policy, "requests"), self._bind(policy, "tokens"))
+
+    def _bind(self, policy: KeyPolicy, unit: str) -> tuple[Bucket, ...]:
+        """The buckets of all scopes that limit this key."""
+        found = []
+        for scope in policy.scopes:
+            limit = self._limit(scope, unit)
+            if limit is not None:
+                bucket = self._buckets.get((scope, unit))
+                if bucket is None:
+                    bucket = self._buckets[scope, unit] = Bucket(limit, self._gateways)
+                found.append(bucket)
+        return tuple(found)
 
     def _take_models(
-        self, snapshot: Snapshot, old: Routes, make_replica: Callable[[ReplicaRoute, str], Any]
+        self,
+        snapshot: Snapshot,
+        models: dict[str, Model],
+        old: dict[str, Any],
+        make_replica: Callable[[ReplicaRoute, str], Any],
     ) -> None:
         for name, route in snapshot.models.items():
-            model = old.models.get(name)
+            model = models.get(name)
             if model is None:
                 model = Model(route)
             else:
                 model.take(route)
             model.replicas = []
             for found in route.replicas:
-                replica = old.replicas.get(found.id)
+                replica = old.get(found.id)
                 if replica is None:
                     replica = make_replica(found, route.server)
                 else:
@@ -154,28 +176,43 @@ class Routes:
                 model.replicas.append(replica)
                 self.replicas[found.id] = replica
             self.models[name] = model
-        gone = [r for i, r in old.replicas.items() if i not in self.replicas]
-        for replica in gone:
-            replica.is_leaving = True
-            replica.close_idle()
-        self.leaving = [r for r in (*old.leaving, *gone) if r.inflight]
-        for name, model in old.models.items():
+        for replica in old.values():
+            if replica.id not in self.replicas:
+                replica.is_leaving = True
+                replica.close_idle()
+                if replica.inflight:
+                    self.leaving.append(replica)
+        for name, model in models.items():
             if name not in self.models:
+                # Who waits for it waits in vain, and gives up by the queue's own limit.
                 model.replicas = []
 
     # ---- look-up -----------------------------------------------------------------------------
 
     def find_key(self, secret: bytes) -> Known | None:
-        """Who sent this secret. The digest of one that was seen before is not made again."""
-        secrets = self._secrets
-        try:
-            return secrets[secret]
-        except KeyError:
-            if len(secrets) >= SECRETS_KEPT:
-                secrets.clear()
-            known = self._known.get(hashlib.sha256(secret).hexdigest())
-            secrets[secret] = known
-            return known
+        """Who sent this secret. The digest of one that was found before is not made again."""
+        known = self._secrets.get(secret)
+        return known if known is not None else self._find(secret)
+
+    def _find(self, secret: bytes) -> Known | None:
+        policy = self._policies.get(hashlib.sha256(secret).hexdigest())
+        if policy is None:
+            return None  # Not kept: what strangers send must not fill the memory.
+        known = self._known.get(policy.id)
+        if known is None:
+            known = self._known[policy.id] = self._know(policy)
+        if len(self._secrets) >= SECRETS_KEPT:
+            self._secrets.clear()
+        self._secrets[secret] = known
+        return known
+
+    def in_flight(self) -> dict[str, int]:
+        """By replica, those included that are on their way out."""
+        found = {replica.id: replica.inflight for replica in self.replicas.values()}
+        self.leaving = [replica for replica in self.leaving if replica.inflight]
+        for replica in self.leaving:
+            found[replica.id] = replica.inflight
+        return found
 
     def may_call(self, known: Known, name: str) -> bool:
         return known.models is None or name in known.models
@@ -195,5 +232,5 @@ class Routes:
 
     def sweep(self, now_ns: int) -> list[AllowanceRequest]:
         """Once a second: what idle purses give back, and what is asked anew."""
-        found = [purse.sweep(now_ns) for purse in self.purses.values()]
+        found = [purse.sweep(now_ns) for purse in self.purses.values() if purse.is_awake]
         return [request for request in found if request is not None]

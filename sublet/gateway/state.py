@@ -46,6 +46,8 @@ class Gateway:
         self.refusals: dict[str, int] = {}
         self.requests = 0
         self.latency: dict[str, list[int]] = {}
+        self.names: dict[tuple[str, str, str, str], bytes] = {}
+        """Parts of usage events that many have in common."""
         self.date = b""
         self.second_ns = read_boot_ns()
         self.fresh_ns = self.second_ns
@@ -54,7 +56,7 @@ class Gateway:
         self._serial = 0
         self._offset_us = 0
         self._tasks: set[asyncio.Task[None]] = set()
-        self._served_by: dict[str, bytes] = {}
+        self._served_by: dict[tuple[str, str], bytes] = {}
         self.is_draining = False
         self._set_clock()
 
@@ -79,15 +81,15 @@ class Gateway:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def served_by(self, route: ModelRoute) -> bytes:
-        """The headers that name what answered: deployment, quantization, a model's last date."""
-        found = self._served_by.get(route.name)
+    def served_by(self, route: ModelRoute, tier: str) -> bytes:
+        """The headers that name what answered: tier, deployment, quantization, lifecycle."""
+        found = self._served_by.get((route.name, tier))
         if found is None:
-            lines = [f"x-sublet-deployment: {route.deployment_id}"]
+            lines = [f"x-sublet-tier: {tier}", f"x-sublet-deployment: {route.deployment_id}"]
             lines.append(f"x-sublet-quantization: {route.quantization}")
             if route.lifecycle != "active":
                 lines.append(f"x-sublet-lifecycle: {route.lifecycle}")
-            found = self._served_by[route.name] = "".join(f"{x}\r\n" for x in lines).encode()
+            found = self._served_by[route.name, tier] = "".join(f"{x}\r\n" for x in lines).encode()
         return found
 
     def adopt(self, routes: Routes) -> None:
@@ -133,38 +135,52 @@ class Gateway:
             raise self._denied(policy.refused, policy.refused_why, policy.resets_us)
         return known
 
-    def take_request(self, known: Known) -> bytes:
-        """One request from every bucket that binds the key. Raises Refusal."""
-        self.requests += 1
-        return self._charge(known, known.request_buckets, 1, "requests")
-
-    def take_tokens(self, known: Known, tokens: int) -> bytes:
-        return self._charge(known, known.token_buckets, tokens, "tokens")
-
-    def _charge(self, known: Known, buckets: Any, amount: int, unit: str) -> bytes:
+    def charge(self, known: Known, tokens: int) -> bytes:
+        """One request and so many tokens from every bucket that binds the key; what is left, as
+        headers. Raises Refusal; then nothing was charged."""
         now_ns = read_boot_ns()
-        for index, bucket in enumerate(buckets):
-            if not bucket.take(amount, now_ns):
-                for taken in buckets[:index]:
-                    taken.give_back(amount)
-                wait_ns = bucket.wait_ns(amount, now_ns)
-                if wait_ns is None:
-                    raise Refusal(
-                        400,
-                        "invalid_request",
-                        f"This asks for {amount} tokens, and {bucket.limit} a minute are allowed: "
-                        "ask for less.",
-                        headers=self.limit_headers(known, now_ns),
-                    )
-                raise Refusal(
-                    429,
-                    "rate_limit_exceeded",
-                    f"The limit of {bucket.limit} {unit} a minute is reached: try again in "
-                    f"{duration(wait_ns).decode()}.",
-                    retry_after_s=max(-(-wait_ns // 1_000_000_000), 1),
-                    headers=self.limit_headers(known, now_ns),
-                )
+        for bucket in known.token_buckets:
+            if not bucket.take(tokens, now_ns):
+                for taken in known.token_buckets:
+                    if taken is bucket:
+                        break
+                    taken.give_back(tokens)
+                for taken in known.request_buckets:
+                    taken.give_back(1)
+                raise self._limited(known, bucket, tokens, "tokens", now_ns)
         return self.limit_headers(known, now_ns)
+
+    def take_request(self, known: Known) -> None:
+        """One request from every bucket that binds the key, before its body is read."""
+        self.requests += 1
+        now_ns = read_boot_ns()
+        for bucket in known.request_buckets:
+            if not bucket.take(1, now_ns):
+                for taken in known.request_buckets:
+                    if taken is bucket:
+                        break
+                    taken.give_back(1)
+                raise self._limited(known, bucket, 1, "requests", now_ns)
+
+    def _limited(self, known: Known, bucket: Any, amount: int, unit: str, now_ns: int) -> Refusal:
+        wait_ns = bucket.wait_ns(amount, now_ns)
+        headers = self.limit_headers(known, now_ns)
+        if wait_ns is None:
+            return Refusal(
+                400,
+                "invalid_request",
+                f"This may take {amount} tokens, and {bucket.limit} a minute are allowed: "
+                "send less, or ask for less output.",
+                headers=headers,
+            )
+        return Refusal(
+            429,
+            "rate_limit_exceeded",
+            f"The limit of {bucket.limit} {unit} a minute is reached: try again in "
+            f"{duration(wait_ns).decode()}.",
+            retry_after_s=max(-(-wait_ns // 1_000_000_000), 1),
+            headers=headers,
+        )
 
     def limit_headers(self, known: Known, now_ns: int) -> bytes:
         """What is left, by the bucket that is nearest to its end."""

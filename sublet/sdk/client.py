@@ -12,6 +12,7 @@ from sublet.base.kernel.ids import Ids
 from sublet.base.wire import rest
 from sublet.sdk.capacity import Devices, Nodes, Pools, Recalls, Sites
 from sublet.sdk.market import CostFacts, Offers, Quotes, RateCards
+from sublet.sdk.models import Catalogue, Deployments, Gateways, Limits
 from sublet.sdk.money import Money
 from sublet.sdk.people import Audit, Budgets, Keys, Organisations, Principals, Projects
 from sublet.sdk.transport import Transport
@@ -55,6 +56,10 @@ class Client:
         self.nodes = Nodes(transport)
         self.devices = Devices(transport)
         self.recalls = Recalls(transport)
+        self.catalogue = Catalogue(transport)
+        self.deployments = Deployments(transport)
+        self.gateways = Gateways(transport)
+        self.limits = Limits(transport)
         self.money = Money(transport)
 
     def close(self) -> None:

@@ -24,16 +24,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sealed_models import KEK, MUSE, OTHER_USER, leaks, probe, refusal_of, wait_until
 
+from sublet.app.loops import cloud_loops
 from sublet.base.kernel.clock import SystemClock
 from sublet.base.kernel.ids import SystemIds
 from sublet.base.store import Actor, Store, metadata, open_store
+from sublet.capacity import allocation, fleet
 from sublet.capacity.engines.local import LocalEngine
 from sublet.capacity.engines.port import Observation, Phase, StartSpec
 from sublet.gateway import dialects
 from sublet.gateway.dialects import Surface, checks
 from sublet.records import tenancy
 from sublet.rehearsal import World
-from sublet.shops import compute
+from sublet.rights import market
+from sublet.shops import compute, models
 from sublet.shops.models import keys
 from sublet.shops.models.servers import KEY_SOCKET, MODEL_SOCKET, SERVERS, ModelFacts, unix
 
@@ -308,6 +311,78 @@ def test_f9_a_model_that_may_not_be_loaded_stays_ciphertext(
     assert machine.complete(replica) is None
     machine.evict(replica)
     assert machine.leaks() == []
+
+
+# -- the whole cloud around it
+
+
+def opened(machine: Machine) -> tenancy.Identity:
+    """The machine enrolled, its shop open with what comes along, an owner to deploy."""
+    with machine.books.work(SYSTEM) as work:
+        node = fleet.enrol(
+            work, machine.engine.inventory(), site_name="home", trusted_tenants=False
+        )
+        fleet.set_pool(work, node.pool_id, head_room_percent=0, scrub_seconds=2)
+        market.load_rate_card(work, market.seed_rate_card(), work.now)
+        market.post_spot_prices(work, work.now)
+        allocation.set_firm_shelf(work, node.pool_id, len(machine.devices), None)
+        organisation = tenancy.create_organisation(
+            work, name="Owner", kind="owner", standing="good"
+        )
+        person = tenancy.create_principal(
+            work, organisation.id, kind="user", name="Ada", role="admin"
+        )
+        key, _ = tenancy.create_key(work, person.id, name="key")
+    models.seed(
+        machine.books, weights=machine.data / "none", folder=machine.data / "models", key=KEK
+    )
+    return tenancy.Identity(organisation=organisation, principal=person, key=key)
+
+
+def test_f9_a_revoked_grant_ends_the_replica_within_a_minute(machine: Machine) -> None:
+    """From the import to the end by the real loops: deployed, unsealed, served; revoked, stopped,
+    scrubbed; and no other starts."""
+    books = machine.books
+    owner = opened(machine)
+    shop = models.ModelsLoop(books, machine.engine, key=lambda: KEK)
+    steps = [loop.step for loop in cloud_loops(books, machine.engine)] + [shop.step]
+
+    def state(replica_id: str | None = None) -> models.ReplicaState | None:
+        """Of the replica, or of the only one there is, after one round of all loops."""
+        for step in steps:
+            step(machine.clock.now())
+        with books.read() as tx:
+            found = [r for r in models.list_replicas(tx) if replica_id in (None, r.id)]
+            return found[0].state if found else None
+
+    with books.work(owner.actor()) as work:
+        models.deploy(work, owner, model="muse-tiny")
+    wait_until(lambda: state() is models.ReplicaState.READY, 30, "the replica serves")
+    with books.read() as tx:
+        [replica] = models.list_replicas(tx)
+        [release] = keys.list_releases(tx)
+        audited = [row for row in tenancy.list_audit(tx, None) if row.action == "key_release"]
+        run_id = compute.location(tx, replica.id).run_id
+    assert run_id is not None
+    assert release.replica_id == replica.id
+    assert [(row.target, row.result) for row in audited] == [(replica.id, "ok")]
+    assert machine.complete(run_id) is not None
+    assert machine.leaks() == []
+
+    with books.work(owner.actor()) as work:
+        models.revoke_grant(work, "muse-tiny")
+    revoked_at = machine.clock.now()
+    wait_until(lambda: state(replica.id) is models.ReplicaState.GONE, 60, "the replica ends")
+    assert machine.clock.now() - revoked_at < timedelta(seconds=60)
+    seen = machine.engine.observe().get(run_id)
+    assert seen is None or seen.phase in OVER
+    assert machine.leaks() == []
+    for _ in range(20):
+        state()
+    with books.read() as tx:
+        assert [r.id for r in models.list_replicas(tx)] == [replica.id], "no other is started"
+        assert len(keys.list_releases(tx)) == 1
+    shop.close()
 
 
 # -- over HTTP

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from sublet.base.kernel.money import Money
 from sublet.base.store import Store
 from sublet.capacity.engines.port import Engine
+from sublet.shops.models.keys import KeyEncryptionKey
 
 
 def _nothing() -> None:
@@ -16,6 +18,10 @@ def _nothing() -> None:
 
 def _no_lag() -> Mapping[str, float]:
     return {}
+
+
+def _no_key() -> KeyEncryptionKey | None:
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +42,10 @@ class Deps:
     ssh_host: str | None = None
     ssh_port: int | None = None
     """Where the bastion listens; None: SSH is not offered."""
+    models_folder: Path | None = None
+    """Where sealed weights are kept; None: none can be added."""
+    sealing_key: Callable[[], KeyEncryptionKey | None] = _no_key
+    """With which they are sealed; None: there is none now."""
     loop_lag_seconds: Callable[[], Mapping[str, float]] = _no_lag
     """How late each loop is, by name, for the metrics."""
     body_seconds: float = 20.0

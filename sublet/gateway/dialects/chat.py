@@ -23,6 +23,7 @@ from sublet.gateway.dialects.prepared import (
     Prepared,
     counts_of,
 )
+from sublet.gateway.dialects.streams import splice_reply
 from sublet.gateway.dialects.surfaces import Surface
 from sublet.gateway.dialects.tools import Calls, call_schema, forced_call
 
@@ -157,6 +158,9 @@ class Chat(Prepared):
         """One plain choice is filled where it lacks something; all else is written anew."""
         if self.is_parsed or self.prefill or self.n > 1:
             return self._join([raw], tier)
+        spliced = splice_reply(raw, tier)
+        if spliced is not None:
+            return spliced[0], counts_of(self.route, spliced[1])
         reply = read_reply(raw)
         choice = reply["choices"][0]
         message = choice["message"]
@@ -284,6 +288,9 @@ def _message(message: Any, at: str) -> dict[str, Any]:
         raise wrong(f"{at}.role", "one of system, developer, user, assistant, tool")
     only(message, _KEYS[role], at)
     out = message
+    if None in message.values():
+        kept = message.items()
+        out = {key: value for key, value in kept if value is not None or key == "content"}
     content = message.get("content")
     if type(content) is list:
         out = {**out, "content": _parts(content, f"{at}.content")}

@@ -58,6 +58,11 @@ class Completions(Prepared):
         if self.wants_usage and route.server == LLAMA:
             self.wants_usage = APART
         self.settle_input(len(raw) + TEMPLATE_TOKENS * len(self.prompts), prompts=len(self.prompts))
+        if type(self.prompts[0]) is list or len(self.prompts) > 1:
+            self.needs_count = False
+            longest = max(len(prompt) for prompt in self.prompts)
+            if type(self.prompts[0]) is list and longest + (self.asked or 0) > route.context:
+                raise self.too_long(longest)
 
     def _read_rest(self, fields: tuple[str, ...]) -> None:
         body, route = self.body, self.route
@@ -116,9 +121,8 @@ class Completions(Prepared):
     count_path = b"/tokenize"
 
     def count_body(self) -> bytes:
-        prompt = self.prompts[0] if len(self.prompts) == 1 else ""
-        text = prompt if type(prompt) is str else ""
-        return orjson.dumps({"content": text, "add_special": True, "parse_special": True})
+        asked = {"content": self.prompts[0], "add_special": True, "parse_special": True}
+        return orjson.dumps(asked)
 
     def upstream(self, cap: int, leg: int) -> dict[str, Any]:
         body = super().upstream(cap, leg)

@@ -33,7 +33,9 @@ STREAM_FIELDS: dict[str, dict[str, Any]] = {
     counters: orjson.loads(b"{" + tail[1:] + b"}") for counters, tail in _STREAM_TAILS.items()
 }
 """By the route's counters: what makes an engine tell usage and counts in a stream."""
-_VLLM_INPUT = re.compile(r"(\d+) (?:in the messages|in the prompt|input tokens)")
+_TOO_LONG = re.compile(r"maximum context length|is too large to process")
+_INPUT = re.compile(r"(\d+) (?:in the messages|in the prompt|input tokens)|input \((\d+) tokens\)")
+"""How vLLM and llama.cpp (of embeddings, as a 500) tell that an input is too long."""
 
 
 class Model(Protocol):
@@ -135,19 +137,20 @@ class Prepared:
             raise self.too_long(count)
 
     def refusal(self, status: int, body: bytes) -> Refusal:
-        """An engine's error, mapped to ours."""
+        """An engine's error, mapped to ours: 400 where this request is at fault, else 503, which
+        another replica may do better."""
         try:
             error = orjson.loads(body)
             error = error.get("error", error)
             message, kind = str(error.get("message", "")), error.get("type")
         except (orjson.JSONDecodeError, AttributeError):
             error, message, kind = {}, "", None
-        if kind == "exceed_context_size_error" or "maximum context length" in message:
-            count = error.get("n_prompt_tokens")
-            if type(count) is not int:
-                named = _VLLM_INPUT.search(message)
-                count = int(named[1]) if named else self.route.context
-            return self.too_long(count)
+        count = error.get("n_prompt_tokens")
+        named = _INPUT.search(message)
+        if type(count) is not int and named is not None:
+            count = int(named[1] or named[2])
+        if kind == "exceed_context_size_error" or _TOO_LONG.search(message):
+            return self.too_long(count if type(count) is int else self.route.context + 1)
         if status in (400, 413, 422, 501):
             at = message.find("JSON schema error")
             text = message[max(at, 0) :][:500] or "it gives no reason"
@@ -227,8 +230,12 @@ class Prepared:
             if type(stream) is not bool:
                 raise wrong("stream", "true or false")
             self.stream = stream
+        elif "stream" in body:
+            self.is_plain = False
         options = body.get("stream_options")
         if options is None:
+            if "stream_options" in body:
+                self.is_plain = False
             return
         if not self.stream:
             raise wrong("stream_options", "left out where stream is not true")
@@ -255,6 +262,8 @@ class Prepared:
     def read_n(self) -> None:
         n = self.body.get("n")
         if n is None:
+            if "n" in self.body:
+                self.is_plain = False
             return
         if type(n) is not int or not 1 <= n <= self.route.max_n:
             raise wrong("n", f"a whole number from 1 to {self.route.max_n}")
@@ -287,9 +296,10 @@ class Prepared:
         """The hold must cover the input, and the cap must fit beside it.
 
         A token of a byte-level or byte-fallback vocabulary stands for one byte of text at least,
-        and JSON never writes a text in fewer bytes than UTF-8 does: so `bound`, made of the length
-        of the body, is not below the input. Nor can an input be above the context: the engine
-        refuses it.
+        one of WordPiece for one character, and JSON never writes a text in fewer bytes than UTF-8
+        does: so `bound`, made of the length of the body, is not below the input. (A vocabulary that
+        writes compatible characters out first, NFKC, would need a factor; none is served.) Nor can
+        an input be above the context: the engine refuses it.
         """
         route = self.route
         self.input_estimate = min(bound, route.context * prompts)
@@ -317,12 +327,12 @@ def find_route(body: dict[str, Any], models: Mapping[str, Model], kind: str) -> 
             raise Refusal(
                 400,
                 "sealed_parameter",
-                f"{name} gives no embeddings: its weights are sealed.",
+                f"model: {name} gives no embeddings, since its weights are sealed.",
                 param="model",
             )
         does = "makes embeddings" if route.kind == "embed" else "makes text"
         raise Refusal(
-            400, "invalid_request", f"{name} {does}: it cannot be asked this.", param="model"
+            400, "invalid_request", f"model: {name} {does} and cannot be asked this.", param="model"
         )
     return route
 

@@ -28,13 +28,10 @@ NEVER, PASS, APART = 0, 1, 2
 def object_end(data: bytes, begin: int) -> int:
     """The index after the object of numbers whose opening brace is at `begin`; -1: it is cut."""
     end = data.find(b"}", begin) + 1
-    inner = data.find(b"{", begin + 1, end)
-    while inner >= 0 and end:
-        # An object inside closed here: the outer one ends at a later brace.
-        inner = data.find(b"{", inner + 1, end)
+    open_still = data.count(b"{", begin + 1, end)
+    while open_still and end:
         after = data.find(b"}", end) + 1
-        if inner < 0:
-            inner = data.find(b"{", end, after)
+        open_still += data.count(b"{", end, after) - 1
         end = after
     return end or -1
 
@@ -111,3 +108,57 @@ def splice_first(events: bytes, tier: str) -> bytes:
         return events
     rest = events[at + 7 :].replace(NO_TIER, b"", 1)
     return b'%bdata: {"service_tier":"%b",%b' % (events[:at], tier.encode(), rest)
+
+
+MESSAGE = b'"message":{'
+CHOICES = b'"choices":[{'
+NO_CALLS = b',"tool_calls":[]'
+
+
+def splice_reply(raw: bytes, tier: str) -> tuple[bytes, dict[str, Any]] | None:
+    """A whole chat answer of one plain choice with what SDKs expect put in, and its usage.
+
+    None: it has another form, and is to be read. The searches are exact for the reason above: all
+    members that are looked for begin with a quote that no string can hold unescaped.
+    """
+    raw = raw.replace(NO_CALLS, b"", 1)
+    at = raw.rfind(USAGE)
+    message = raw.find(MESSAGE)
+    choices = raw.find(CHOICES)
+    end = object_end(raw, at + len(USAGE) - 1) if at >= 0 else -1
+    if (
+        end < 0
+        or message < choices
+        or choices < 0
+        or raw[:1] != b"{"
+        or raw.find(MESSAGE, message + 1) >= 0
+        or b'"tool_calls":' in raw
+        or b'"finish_reason":null' in raw
+    ):
+        return None
+    usage: dict[str, Any] = orjson.loads(raw[at + len(USAGE) - 1 : end])
+    fills = b'"annotations":[],' if b'"annotations":' not in raw else b""
+    if b'"refusal":' not in raw:
+        fills += b'"refusal":null,'
+    logprobs = b'"logprobs":null,' if b'"logprobs":' not in raw else b""
+    message += len(MESSAGE)
+    choices += len(CHOICES)
+    head, middle, tail = raw[1:choices], raw[choices:message], raw[message:]
+    timings = tail.find(TIMINGS)
+    if timings >= 0:
+        stop = object_end(tail, timings + len(TIMINGS) - 1)
+        if stop < 0:
+            return None
+        tail = tail[:timings] + tail[stop:]
+    tail = tail.replace(NO_TIER, b"", 1)
+    if b'"service_tier":' in tail or b'"service_tier":' in head:
+        return None
+    spliced = b'{"service_tier":"%b",%b%b%b%b%b' % (
+        tier.encode(),
+        head,
+        logprobs,
+        middle,
+        fills,
+        tail,
+    )
+    return spliced, usage

@@ -10,8 +10,9 @@ Callers  edges list, deploy, grant and price; the link composes snapshots and ke
          reads price versions; the loop runner steps `ModelsLoop`.
 """
 
+from sublet.shops.models.adding import Prepared, add_prepared, prepare
 from sublet.shops.models.catalogue import seed
-from sublet.shops.models.loops import ModelsLoop
+from sublet.shops.models.loops import LIVE, ModelsLoop
 from sublet.shops.models.model import (
     EVERYONE,
     TIERS,
@@ -36,6 +37,7 @@ from sublet.shops.models.model import (
     ReplicaChanged,
     ReplicaState,
     TierPrice,
+    WeightsChanged,
     WeightsMissing,
     WeightsSealed,
 )
@@ -66,6 +68,7 @@ from sublet.shops.models.service import (
     set_lifecycle,
     set_price,
     stage_on,
+    why_not_deployable,
 )
 from sublet.shops.models.snapshot import compose
 from sublet.shops.models.store import (
@@ -77,6 +80,7 @@ from sublet.shops.models.store import (
 
 __all__ = [
     "EVERYONE",
+    "LIVE",
     "TIERS",
     "Access",
     "CatalogueChanged",
@@ -96,13 +100,16 @@ __all__ = [
     "ModelNotFound",
     "ModelsLoop",
     "NewModel",
+    "Prepared",
     "Replica",
     "ReplicaChanged",
     "ReplicaState",
     "TierPrice",
+    "WeightsChanged",
     "WeightsMissing",
     "WeightsSealed",
     "add_model",
+    "add_prepared",
     "compose",
     "deploy",
     "digest",
@@ -124,6 +131,7 @@ __all__ = [
     "note_throughput",
     "open_weights",
     "place_weights",
+    "prepare",
     "price_of",
     "prices_in_force",
     "retire",
@@ -134,4 +142,5 @@ __all__ = [
     "set_lifecycle",
     "set_price",
     "stage_on",
+    "why_not_deployable",
 ]

@@ -11,7 +11,8 @@ from typing import ClassVar, Literal
 from sublet.base.kernel.errors import Conflict, Forbidden, Invalid, NotFound
 from sublet.base.store import Event
 
-TIERS = ("default", "flex")
+Tier = Literal["default", "flex"]
+TIERS: tuple[Tier, ...] = ("default", "flex")
 EVERYONE = "*"
 """The organisation of a grant that is for all."""
 ModelKind = Literal["generate", "embed"]
@@ -101,7 +102,7 @@ class TierPrice:
 
     seq: int
     model: str
-    tier: str
+    tier: Tier
     version: str
     effective_from: datetime
     input_micros: int

@@ -35,6 +35,7 @@ from sublet.shops.models.model import (
     ModelInvalid,
     NewModel,
     TierPrice,
+    WeightsChanged,
     WeightsMissing,
     WeightsSealed,
 )
@@ -51,7 +52,7 @@ _HASH_BYTES = 1 << 20
 
 def add_model(work: Work, new: NewModel) -> Model:
     """Put a model on the catalogue. Raises ModelExists, ModelInvalid naming the field."""
-    _check(new)
+    check(new)
     if store.find_model(work.tx, new.name) is not None:
         raise ModelExists(f"{new.name} is on the catalogue already.")
     store.insert_model(
@@ -85,7 +86,8 @@ def add_model(work: Work, new: NewModel) -> Model:
     return store.get_model(work.tx, new.name)
 
 
-def _check(new: NewModel) -> None:
+def check(new: NewModel) -> None:
+    """Raises ModelInvalid naming the field."""
     name = new.name
     if not name or len(name) > 200 or not all(c.isalnum() or c in "-_./:" for c in name):
         raise ModelInvalid("`name` is of letters, digits and -_./: only.", param="name")
@@ -153,16 +155,32 @@ def stage_on(model: Model, day: date) -> Lifecycle:
 
 def open_weights(tx: Connection, name: str) -> Path:
     """The file of a model that may be passed on. Raises WeightsSealed, LicenceForbids,
-    WeightsMissing."""
+    WeightsMissing, WeightsChanged."""
     model = store.get_model(tx, name)
     if model.is_sealed:
         raise WeightsSealed(f"The weights of {name} are sealed: call it through the gateway.")
     if not model.licence_allows_download:
         raise LicenceForbids(f"{model.licence} does not allow to pass {name} on.")
     path = Path(model.path)
-    if not model.path or not path.is_file():
+    if not are_here(model):
         raise WeightsMissing(f"The weights of {name} are not on this machine: `make setup`.")
+    if path.stat().st_size != model.size_bytes:
+        raise WeightsChanged(f"The file of {name} is not the one that was added.")
     return path
+
+
+def are_here(model: Model) -> bool:
+    """Its weights lie where they should."""
+    return bool(model.path) and Path(model.path).is_file()
+
+
+def why_not_deployable(model: Model, day: date) -> str | None:
+    """In a sentence, with what to do; None: it can be deployed."""
+    if stage_on(model, day) is Lifecycle.END_OF_LIFE:
+        return "It has come to its end of life: deploy another one."
+    if not are_here(model):
+        return "Its weights are not on this machine: `make setup` brings those that come along."
+    return None
 
 
 def digest(path: Path) -> tuple[str, int]:
@@ -276,7 +294,8 @@ def revoke_grant(work: Work, name: str, organisation_id: str = EVERYONE) -> None
     raise GrantNotFound(f"{organisation_id} has no grant on {name}.")
 
 
-def list_grants(tx: Connection, name: str) -> list[Grant]:
+def list_grants(tx: Connection, name: str | None = None) -> list[Grant]:
+    """Those in force, of one model or of all."""
     return store.list_grants(tx, name)
 
 
@@ -308,7 +327,7 @@ def deploy(
     found = store.get_model(work.tx, model)
     if stage_on(found, work.now.date()) is Lifecycle.END_OF_LIFE:
         raise ModelEnded(f"{model} has come to its end of life: deploy another one.")
-    if not found.path or not Path(found.path).is_file():
+    if not are_here(found):
         raise WeightsMissing(f"The weights of {model} are not on this machine: `make setup`.")
     if any(d.model == model for d in store.list_deployments(work.tx)):
         raise DeploymentExists(f"{model} is deployed already: `sublet deployments` shows it.")

@@ -3,8 +3,11 @@
     <folder>/<epoch>/<number, eight digits>.spool     one frame a line:
     crc32 of the body, eight hexadecimal digits, a space, the body (JSON, no line break), a line break
 
-A frame whose check fails at the end of the last file was being written when its gateway died and
-was never acknowledged to anybody; anywhere else it is damage, and is refused aloud.
+A file may end in a torn frame: its gateway died as it wrote, or the write failed, could not be taken
+back, and was repeated whole in the next file. Neither was acknowledged to anybody. So what is torn
+at the end of a file is passed over, and told as `torn_bytes`; with a sound frame behind it, it is
+damage, told as `is_damaged`, and nothing is passed over. A frame may be there twice, after a write
+that failed late: events are told apart by their ids.
 """
 
 from __future__ import annotations
@@ -53,9 +56,13 @@ class Batch:
     file: int
     offset: int
     torn_bytes: int
-    """After the last sound frame of this file; more than 0 is only a fault once nobody writes it."""
+    """After the last sound frame of this file, when nothing else is left of it. In the last file
+    they may become a frame yet, as long as its gateway lives."""
     is_last: bool
     """No later file exists."""
+    is_damaged: bool = False
+    """A sound frame follows the torn bytes: acknowledged rows may be lost. The position does not
+    move beyond; an operator must look. A writer at work can look so for a moment: read twice."""
 
 
 class SpoolReader:
@@ -72,26 +79,40 @@ class SpoolReader:
         return sorted(int(n[: -len(SUFFIX)]) for n in names if n.endswith(SUFFIX))
 
     def read(self, file: int, offset: int, *, most_bytes: int = 4 << 20) -> Batch:
-        """The next frames; an empty batch where there are none yet. A file that ends is followed
-        by the next one."""
+        """The next frames; an empty batch where there are none yet.
+
+        A file that ends is followed by the next one; torn bytes at its end are told in a batch
+        before. A position beyond a file's end is one at its end: what was read there was taken back
+        after a write that failed, and comes again in the next file.
+        """
         files = self.files()
         if not files:
             return Batch(bodies=(), file=file, offset=offset, torn_bytes=0, is_last=True)
         if file not in files and all(number > file for number in files):
             file, offset = files[0], 0
         while True:
+            # Listed before it is read: a file that has a later one is not written any more.
             later = [number for number in files if number > file]
             data = self._bytes(file, offset, most_bytes)
             bodies, used = read_frames(data)
+            if not bodies and len(data) == most_bytes:
+                data = self._bytes(file, offset, -1)
+                bodies, used = read_frames(data)
             if not bodies and not data and later:
                 file, offset = later[0], 0
                 continue
+            is_damaged = not bodies and _has_frame(data)
+            torn = 0 if bodies else len(data)
+            if torn and later and not is_damaged:
+                # Over: the next file holds it whole, if it was ever to be.
+                return Batch(bodies=(), file=later[0], offset=0, torn_bytes=torn, is_last=False)
             return Batch(
                 bodies=tuple(bodies),
                 file=file,
                 offset=offset + used,
-                torn_bytes=len(data) - used if len(data) < most_bytes else 0,
+                torn_bytes=torn,
                 is_last=not later,
+                is_damaged=is_damaged,
             )
 
     def _bytes(self, file: int, offset: int, most: int) -> bytes:
@@ -100,10 +121,20 @@ class SpoolReader:
             return source.read(most)
 
     def frames(self, file: int = 0, offset: int = 0) -> Iterator[bytes]:
-        """Every sound frame from a position to the present end."""
+        """Every sound frame from a position to the present end, or to the first damage."""
         while True:
             batch = self.read(file, offset)
-            if not batch.bodies:
+            if not batch.bodies and (batch.file, batch.offset) == (file, offset):
                 return
             yield from batch.bodies
             file, offset = batch.file, batch.offset
+
+
+def _has_frame(data: bytes) -> bool:
+    """Whether any line of it is a whole sound frame."""
+    at = data.find(b"\n") + 1
+    while at:
+        if read_frames(data[at : (data.find(b"\n", at) + 1) or at])[0]:
+            return True
+        at = data.find(b"\n", at) + 1
+    return False

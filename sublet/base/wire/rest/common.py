@@ -81,12 +81,18 @@ SSH_KEY = (
     r"^(ssh-ed25519|ssh-rsa|ecdsa-sha2-nistp(256|384|521)|sk-[a-z0-9@.-]+) [A-Za-z0-9+/=]+"
     r"( [^\r\n\x00]*)?$"
 )
+SHA256 = r"^[0-9a-f]{64}$"
+GRANTEE = r"^(\*|org_[a-z0-9]{1,32})$"
+HOST_PATH = r"^/"
 PATTERNS: Mapping[str, str] = {
     ANY_ID: "an id: 1 to 64 letters, digits and any of _ . : @ -, such as ins_4f2a or gpu-spot",
     OWN_ID: "an id of this cloud, such as org_4f2a",
     EMAIL: "name@example.org",
     REFERENCE: "bank-2026-118: 1 to 100 printable ASCII characters",
     ENV_NAME: "MY_NAME: letters, digits and _, not a digit first, 128 at most",
+    SHA256: "a sha256: 64 hexadecimal digits in lower case",
+    GRANTEE: "an organisation, such as org_4f2a, or * for everyone",
+    HOST_PATH: "an absolute path on the machine of this cloud, such as /srv/models/my.gguf",
     SSH_KEY: "a line of a .pub file, such as ssh-ed25519 AAAA… you@home",
 }
 """Every pattern of this surface, and what a text of it looks like, for who broke it."""

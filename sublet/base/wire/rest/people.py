@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import BeforeValidator, Field, StringConstraints
 
 from sublet.base.wire.rest.common import (
     EMAIL,
@@ -17,6 +17,7 @@ from sublet.base.wire.rest.common import (
     Reason,
     Shape,
     Whole,
+    storable,
 )
 
 Role = Literal["admin", "member", "viewer"]
@@ -24,6 +25,13 @@ Standing = Literal["unverified", "good", "warned", "suspended", "closing"]
 Period = Literal["day", "week", "month", "lifetime"]
 ScopeKind = Literal["organisation", "project", "key"]
 Email = Annotated[str, StringConstraints(pattern=EMAIL)]
+TokenCount = Annotated[Whole, Field(ge=1, le=10**12)]
+ModelNames = Annotated[
+    list[
+        Annotated[str, StringConstraints(min_length=1, max_length=200), BeforeValidator(storable)]
+    ],
+    Field(max_length=500),
+]
 
 
 class Organisation(Shape):
@@ -95,11 +103,21 @@ class KeyLimits(Shape):
 
     max_devices: int | None = None
     requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    tokens_per_day: int | None = None
+    """Input, cached and output together; the day is UTC."""
+    models: list[str] | None = None
+    """Those that it may call; null: all."""
 
 
 class KeyLimitsBody(Body):
+    """A field left out, or null, is no limit."""
+
     max_devices: Annotated[Whole, Field(ge=0, le=1_000_000)] | None = None
     requests_per_minute: Annotated[Whole, Field(ge=1, le=1_000_000)] | None = None
+    tokens_per_minute: TokenCount | None = None
+    tokens_per_day: TokenCount | None = None
+    models: ModelNames | None = None
 
 
 class Key(Shape):

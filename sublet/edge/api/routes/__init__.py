@@ -3,12 +3,15 @@
 from sublet.edge.api.routes import (
     budgets,
     capacity,
+    deployments,
     market,
+    models,
     money,
     people,
     recalls,
     signup,
     system,
+    tokens,
     workloads,
 )
 
@@ -19,6 +22,9 @@ ROUTERS = (
     market.router,
     workloads.instances,
     workloads.jobs,
+    models.router,
+    deployments.router,
+    tokens.router,
     capacity.router,
     recalls.router,
     money.router,

@@ -256,10 +256,7 @@ def create_key(call: Poster, body: rest.KeyCreate) -> Response:
                 project_id=body.project_id,
                 role=None if body.role is None else tenancy.Role(body.role),
                 expires_at=body.expires_at,
-                limits=tenancy.Limits(
-                    max_devices=body.limits.max_devices,
-                    requests_per_minute=body.limits.requests_per_minute,
-                ),
+                limits=show.limits_of(body.limits),
             ),
         )
         key, secret = tenancy.create_key(

@@ -53,13 +53,37 @@ def key(found: tenancy.Key) -> rest.Key:
         name=found.name,
         prefix=found.prefix,
         role=None if found.role is None else found.role.value,
-        limits=rest.KeyLimits(
-            max_devices=found.limits.max_devices,
-            requests_per_minute=found.limits.requests_per_minute,
-        ),
+        limits=limits(found.limits),
         created_at=found.created_at,
         expires_at=found.expires_at,
         revoked_at=found.revoked_at,
+    )
+
+
+def limits(found: tenancy.Limits) -> rest.KeyLimits:
+    return rest.KeyLimits(
+        max_devices=found.max_devices,
+        requests_per_minute=found.requests_per_minute,
+        tokens_per_minute=found.tokens_per_minute,
+        tokens_per_day=found.tokens_per_day,
+        models=None if found.models is None else list(found.models),
+    )
+
+
+def scope_limits(kind: str, scope_id: str, found: tenancy.Limits) -> rest.ScopeLimits:
+    return rest.ScopeLimits(
+        scope_kind=tenancy.ScopeKind(kind).value, scope_id=scope_id, **limits(found).model_dump()
+    )
+
+
+def limits_of(body: rest.KeyLimitsBody) -> tenancy.Limits:
+    """As they were asked for."""
+    return tenancy.Limits(
+        max_devices=body.max_devices,
+        requests_per_minute=body.requests_per_minute,
+        tokens_per_minute=body.tokens_per_minute,
+        tokens_per_day=body.tokens_per_day,
+        models=None if body.models is None else tuple(body.models),
     )
 
 
