@@ -275,7 +275,9 @@ class Alone:
         stale_seconds: int = 86_400,
         core: int | None = None,
     ) -> None:
-        self._own = tempfile.TemporaryDirectory(prefix="sublet-gateway-") if folder is None else None
+        self._own = (
+            tempfile.TemporaryDirectory(prefix="sublet-gateway-") if folder is None else None
+        )
         self.folder = Path(self._own.name) if folder is None or self._own else folder
         self.callers = {caller.id: caller for caller in callers}
         self.models = {route.name: route for route in models}
@@ -415,4 +417,6 @@ class Alone:
         path = self.folder / self.name / str(epoch) / "inflight.json"
         if not path.exists():
             return []
-        return [UsageEvent.from_json(json.dumps(row).encode()) for row in json.loads(path.read_text())]
+        return [
+            UsageEvent.from_json(json.dumps(row).encode()) for row in json.loads(path.read_text())
+        ]

@@ -82,7 +82,9 @@ def ratio(
 
 
 AIMS = (
-    Aim(name="CPU per request ÷ nginx", value=ratio(request, OURS, "nginx"), unit="×", must=3, aim=2),
+    Aim(
+        name="CPU per request ÷ nginx", value=ratio(request, OURS, "nginx"), unit="×", must=3, aim=2
+    ),
     Aim(
         name="LiteLLM's CPU per request ÷ ours",
         value=ratio(request, "litellm", OURS),

@@ -1,4 +1,4 @@
-"""The processes that `sublet up` starts: `api`, `loops`, `bastion`.
+"""The processes that `sublet up` starts: `api`, `loops`, `bastion`, `link`.
 
 Each gets its settings and inherited descriptors as JSON in its environment (a database address may
 hold a password, and a command line is public), says that it serves by one byte on the ready pipe,
@@ -23,9 +23,10 @@ from pathlib import Path
 import structlog
 import uvicorn
 
-from sublet.app import loops
+from sublet.app import loops, sealing
 from sublet.app.clockwork import ClockLoop
-from sublet.app.runner import Loop, Runner
+from sublet.app.link import Link
+from sublet.app.runner import LINK, Loop, Nudger, Runner
 from sublet.app.serving import bastion_of, create_app
 from sublet.app.settings import Settings
 from sublet.app.wiring import App, log_to, open_app
@@ -53,6 +54,8 @@ class Orders:
     socket_fd: int | None
     ssh_address: tuple[str, int] | None
     number: int = 0
+    key_fd: int | None = None
+    """A pipe with the key that seals models, where it came by stdin."""
 
     def text(self) -> str:
         return json.dumps(asdict(self))
@@ -184,12 +187,22 @@ def _loops(app: App, orders: Orders) -> int:
     signal.signal(signal.SIGTERM, want)
     signal.signal(signal.SIGUSR1, want)
     clock_loop = ClockLoop(app.store, app.clock)
+    key = sealing.key_of_child(app, orders.key_fd)
     runner = Runner(
-        [*loops.cloud_loops(app.store, app.engine), Loop("clock", clock_loop.step, nudged=False)],
+        [
+            *loops.cloud_loops(app.store, app.engine, key=key),
+            Loop("clock", clock_loop.step, nudged=False),
+        ],
         app.clock,
         app.installation_id,
     )
-    app.store.on_commit = runner.nudge
+    tell_link = Nudger(app.installation_id, [LINK])
+
+    def committed() -> None:
+        runner.nudge()
+        tell_link()
+
+    app.store.on_commit = committed
     runner.start()
     _ready(orders)
     while not wanted:
@@ -210,7 +223,25 @@ def _end_all(app: App, runner: Runner, wanted: list[str]) -> None:
     loops.last_books(app)
 
 
-_ROLES = {"api": _api, "loops": _loops, "bastion": _bastion}
+def _link(app: App, orders: Orders) -> int:
+    """Serve gateways until SIGTERM, then read the last of their spools."""
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    _follow_clock(app, ended)
+    link = Link(
+        app.store,
+        app.folder.gateway,
+        gateways=app.settings.gateways,
+        installation_id=app.installation_id,
+    )
+    link.start()
+    _ready(orders)
+    ended.wait()
+    link.stop()
+    return 0
+
+
+_ROLES = {"api": _api, "loops": _loops, "bastion": _bastion, "link": _link}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,12 +15,16 @@ from sublet.base.store import installation, metadata, outbox
 from sublet.capacity.allocation import store as allocation_store
 from sublet.capacity.fleet import store as fleet_store
 from sublet.money.billing import store as billing_store
+from sublet.money.billing import token_store as billing_token_store
 from sublet.records.ledger import store as ledger_store
 from sublet.records.metering import store as metering_store
+from sublet.records.metering import token_store as metering_token_store
 from sublet.records.tenancy import store as tenancy_store
 from sublet.rights.market import store as market_store
 from sublet.rights.owner import store as owner_store
 from sublet.shops.compute import store as compute_store
+from sublet.shops.models import keys as models_keys
+from sublet.shops.models import store as models_store
 
 TABLES = (
     installation,
@@ -28,12 +32,16 @@ TABLES = (
     tenancy_store,
     ledger_store,
     metering_store,
+    metering_token_store,
     fleet_store,
     allocation_store,
     market_store,
     owner_store,
     compute_store,
+    models_store,
+    models_keys,
     billing_store,
+    billing_token_store,
 )
 
 

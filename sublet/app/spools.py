@@ -82,7 +82,9 @@ class Spools:
         self._marks: dict[str, tuple[int, int]] = {}
         self._troubles: dict[str, _Trouble] = {}
         self._dead_look_at: datetime | None = None
-        self._closed: set[str] = set()
+        self._closed: set[str] | None = None
+        """Lives that are closed in the books and whose folders may still be there."""
+        self._is_shown = False
 
     def step(self, now: datetime) -> datetime:
         is_time = self._dead_look_at is None or now >= self._dead_look_at
@@ -99,11 +101,13 @@ class Spools:
 
     def lives(self) -> list[Life]:
         """What lies there, oldest first."""
-        found = []
+        found: list[Life] = []
         for gateway in _folders(self._folder):
-            for epoch in _folders(gateway):
-                if epoch.name.isdigit():
-                    found.append(Life(gateway.name, int(epoch.name), epoch))
+            found += [
+                Life(gateway.name, int(epoch.name), epoch)
+                for epoch in _folders(gateway)
+                if epoch.name.isdigit()
+            ]
         return sorted(found, key=lambda life: life.epoch)
 
     def alive(self, now: datetime) -> dict[str, list[int]]:
@@ -116,6 +120,8 @@ class Spools:
         return found
 
     def _pass(self, now: datetime, *, may_close: bool, is_last: bool) -> None:
+        if self._closed is None:
+            self._begin()
         lives = self.lives()
         for life in lives:
             trouble = self._troubles.get(life.name)
@@ -129,9 +135,32 @@ class Spools:
                 self._note_trouble(life, error, now)
             else:
                 self._note_well(life)
-        self._marks = {life.name: self._marks[life.name] for life in lives if life.name in self._marks}
+        names = {life.name for life in lives}
+        self._marks = {name: mark for name, mark in self._marks.items() if name in names}
+        if not self._is_shown:
+            self._show()
+
+    def _begin(self) -> None:
+        """What a link before us has left: folders of lives that it had closed, and lives that the
+        books hold open and that have no folder any more. Only a person can have removed that, and
+        nothing more can come of them: it is said, and they are closed."""
+        with self._store.read() as tx:
+            closed = metering.list_epochs(tx, EpochState.CLOSED)
+            opened = metering.list_epochs(tx, EpochState.OPEN)
+        there = {life.name for life in self.lives()}
+        for epoch in opened:
+            if f"{epoch.gateway}/{epoch.epoch}" not in there:
+                log.error("gateway_folder_gone", gateway=epoch.gateway, epoch=epoch.epoch)
+                with self._store.work(ACTOR) as work:
+                    billing.close_epoch(work, gateway=epoch.gateway, epoch=epoch.epoch, lost=[])
+        self._closed = {f"{epoch.gateway}/{epoch.epoch}" for epoch in closed} & there
 
     def _serve(self, life: Life, now: datetime, *, may_close: bool, is_last: bool) -> None:
+        assert self._closed is not None
+        if life.name in self._closed:
+            shutil.rmtree(life.folder)
+            self._closed.remove(life.name)
+            return
         if not may_close:
             self._read(life, is_over=False)
             return
@@ -191,21 +220,11 @@ class Spools:
         lost = _inflight(life)
         with self._store.work(ACTOR) as work:
             billing.close_epoch(work, gateway=life.gateway, epoch=life.epoch, lost=lost)
+        assert self._closed is not None
+        self._closed.add(life.name)
         shutil.rmtree(life.folder)
-        self._marks.pop(life.name, None)
+        self._closed.remove(life.name)
         log.info("gateway_life_closed", gateway=life.gateway, epoch=life.epoch, open=len(lost))
-
-    def close_vanished(self) -> None:
-        """Lives that the books hold open and of which no folder is left: closed, for nothing more
-        can come of them. Only a person can have removed it; that is said."""
-        there = {life.name for life in self.lives()}
-        with self._store.read() as tx:
-            open_lives = metering.list_epochs(tx, EpochState.OPEN)
-        for epoch in open_lives:
-            if f"{epoch.gateway}/{epoch.epoch}" not in there:
-                log.error("gateway_folder_gone", gateway=epoch.gateway, epoch=epoch.epoch)
-                with self._store.work(ACTOR) as work:
-                    billing.close_epoch(work, gateway=epoch.gateway, epoch=epoch.epoch, lost=[])
 
     # ---- trouble -------------------------------------------------------------------------------
 
@@ -223,24 +242,21 @@ class Spools:
             exc_info=None if expected else error,
         )
         if before is None or before.why != why:
-            self._show()
+            self._is_shown = False
 
     def _note_well(self, life: Life) -> None:
         if self._troubles.pop(life.name, None) is not None:
             log.info("spool_read_again", gateway=life.gateway, epoch=life.epoch)
-            self._show()
+            self._is_shown = False
 
     def _show(self) -> None:
         text = json.dumps({name: trouble.why for name, trouble in self._troubles.items()})
-        with self._store.work(ACTOR) as work:
-            keep_fact(work, FAULTS, text)
-
-    def forget_faults(self) -> None:
-        """At the start: what is still wrong is found again."""
         with self._store.read() as tx:
             shown = find_fact(tx, FAULTS)
-        if shown not in (None, "{}"):
-            self._show()
+        if text != (shown or "{}"):
+            with self._store.work(ACTOR) as work:
+                keep_fact(work, FAULTS, text)
+        self._is_shown = True
 
 
 def _folders(path: Path) -> list[Path]:
@@ -278,29 +294,25 @@ def _check_end(life: Life, batch: Batch, *, is_over: bool) -> None:
     Torn is what nobody was told is kept: at the end of the last file, without a whole line that is
     wrong while its gateway lives, and without a sound frame behind it once it is dead.
     """
-    if not batch.torn_bytes:
-        return
-    with (life.folder / file_name(batch.file)).open("rb") as source:
-        source.seek(batch.offset)
-        rest = source.read(BATCH_BYTES)
+    try:
+        with (life.folder / file_name(batch.file)).open("rb") as source:
+            source.seek(batch.offset)
+            rest = source.read()
+    except FileNotFoundError:
+        return  # Nothing was ever written.
     line_end = rest.find(b"\n")
     where = f"{life.name}/{file_name(batch.file)} at byte {batch.offset}"
+    if not rest or read_frames(rest[: line_end + 1])[0]:
+        return  # Or it was written meanwhile.
     if not batch.is_last:
         raise SpoolDamaged(f"{where}: a later file follows what is no frame")
-    if line_end < 0:
-        return
-    if read_frames(rest)[0]:
-        return  # It has been written meanwhile.
-    if not is_over:
+    if line_end >= 0 and not is_over:
         raise SpoolDamaged(f"{where}: a line that does not check")
-    at = line_end + 1
-    while at < len(rest):
-        if read_frames(rest[at:])[0]:
+    while line_end >= 0:
+        rest = rest[line_end + 1 :]
+        line_end = rest.find(b"\n")
+        if read_frames(rest[: line_end + 1])[0]:
             raise SpoolDamaged(f"{where}: sound frames follow what is no frame")
-        following = rest.find(b"\n", at)
-        if following < 0:
-            return
-        at = following + 1
 
 
 def _inflight(life: Life) -> list[UsageEvent]:

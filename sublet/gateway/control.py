@@ -1,7 +1,8 @@
 """The way to the control plane: one Unix socket, one JSON object a line.
 
-Either side may vanish at any time. What was asked and not answered is asked again by the purses
-themselves, since all totals are running totals; this only connects, sends and reads.
+Either side may vanish at any time: then this connects again, and repeats for each key the last that
+was asked and not answered. A repeated ask is harmless (its serial is the same), and one that is lost
+on a standing connection is asked anew by its purse.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import orjson
 
 from sublet.base.wire.gateway import Allowance, AllowanceRequest, Gauge, Malformed
+from sublet.gateway.log import say
 from sublet.gateway.upstream import LONGEST_SOCKET_PATH
 
 GAUGE_SECONDS = 1.0
@@ -45,6 +46,8 @@ class Control:
         self._on_snapshot = on_snapshot
         self._on_allowance = on_allowance
         self._writer: asyncio.StreamWriter | None = None
+        self._asked: dict[str, AllowanceRequest] = {}
+        """By key the last request that has no answer yet."""
         self._tasks: list[asyncio.Task[None]] = []
         self.is_connected = False
 
@@ -64,7 +67,8 @@ class Control:
             writer.close()
 
     def ask(self, request: AllowanceRequest) -> None:
-        """Without a connection it is lost: the purse asks again."""
+        """Send it, now or when there is a connection; a newer one of the same key replaces it."""
+        self._asked[request.key_id] = request
         self._send(b"ask", request.to_json())
 
     def report(self) -> None:
@@ -97,8 +101,10 @@ class Control:
             failures = 0
             try:
                 await self._listen(reader)
-            except (OSError, ValueError) as error:
-                sys.stderr.write(f"control socket: {error}\n")
+            except Exception as error:
+                # Whatever one message did, the next connection may do better; without one this
+                # gateway would be cut off for ever.
+                say("control_connection_ended", error=f"{type(error).__name__}: {error}")
             finally:
                 self.is_connected = False
                 writer, self._writer = self._writer, None
@@ -122,16 +128,27 @@ class Control:
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         while line := await reader.readline():
-            kind = orjson.loads(line).get("type")
+            message = orjson.loads(line)
+            kind = message.get("type") if isinstance(message, dict) else None
             if kind == "welcome":
                 self.is_connected = True
+                for request in self._asked.values():
+                    self._send(b"ask", request.to_json())
                 self._on_snapshot()
                 self.report()
             elif kind == "snapshot":
                 self._on_snapshot()
                 self.report()
             elif kind == "allowance":
-                try:
-                    self._on_allowance(Allowance.from_json(line))
-                except Malformed as error:
-                    sys.stderr.write(f"{error}\n")
+                self._answered(line)
+
+    def _answered(self, line: bytes) -> None:
+        try:
+            allowance = Allowance.from_json(line)
+        except Malformed as error:
+            say("allowance_not_read", error=str(error))
+            return
+        asked = self._asked.get(allowance.key_id)
+        if asked is not None and allowance.answers >= asked.serial:
+            del self._asked[allowance.key_id]
+        self._on_allowance(allowance)

@@ -12,7 +12,7 @@ from sublet.base.kernel.ids import Ids
 from sublet.base.wire import rest
 from sublet.sdk.capacity import Devices, Nodes, Pools, Recalls, Sites
 from sublet.sdk.market import CostFacts, Offers, Quotes, RateCards
-from sublet.sdk.models import Catalogue, Deployments, Gateways, Limits
+from sublet.sdk.models import Catalogue, Deployments, Gateways, Limits, TokenUsage
 from sublet.sdk.money import Money
 from sublet.sdk.people import Audit, Budgets, Keys, Organisations, Principals, Projects
 from sublet.sdk.transport import Transport
@@ -59,6 +59,7 @@ class Client:
         self.catalogue = Catalogue(transport)
         self.deployments = Deployments(transport)
         self.gateways = Gateways(transport)
+        self.token_usage = TokenUsage(transport)
         self.limits = Limits(transport)
         self.money = Money(transport)
 

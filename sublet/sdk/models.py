@@ -105,6 +105,19 @@ class Gateways:
         return self._transport.pages("/v1/gateways", rest.Gateway)
 
 
+class TokenUsage:
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def list(
+        self, *, organisation_id: str | None = None, key_id: str | None = None
+    ) -> Iterator[rest.TokenUsage]:
+        """Request by request, in the order of recording."""
+        return self._transport.pages(
+            "/v1/token-usage", rest.TokenUsage, organisation_id=organisation_id, key_id=key_id
+        )
+
+
 class Limits:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport

@@ -77,8 +77,15 @@ class Transport:
         body: BaseModel | None = None,
         *,
         idempotency_key: str | None = None,
+        timeout_seconds: float | None = None,
     ) -> S:
-        answer = self.send("POST", path, body=body, idempotency_key=idempotency_key)
+        answer = self.send(
+            "POST",
+            path,
+            body=body,
+            idempotency_key=idempotency_key,
+            timeout_seconds=timeout_seconds,
+        )
         return self._read(answer, shape)
 
     def post_once(self, path: str, shape: type[S], body: BaseModel, timeout_seconds: float) -> S:
@@ -111,6 +118,14 @@ class Transport:
     def stream_text(self, path: str, **query: Any) -> Iterator[str]:
         """A long answer as it comes, cut at characters and never inside one."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for chunk in self.stream_bytes(path, **query):
+            if text := decoder.decode(chunk):
+                yield text
+        if rest_of_it := decoder.decode(b"", final=True):
+            yield rest_of_it
+
+    def stream_bytes(self, path: str, **query: Any) -> Iterator[bytes]:
+        """A long answer as it comes."""
         request = self._request("GET", path, query, None, {})
         # A quiet workload says nothing for hours, and is followed all the same.
         request["timeout"] = httpx2.Timeout(CONNECT_SECONDS, read=None)
@@ -119,13 +134,9 @@ class Transport:
                 if answer.status_code >= 400:
                     answer.read()
                     raise self._refusal(answer)
-                for chunk in answer.iter_bytes():
-                    if text := decoder.decode(chunk):
-                        yield text
+                yield from answer.iter_bytes()
         except httpx2.TransportError as error:
             raise Unreachable(self.url, error) from error
-        if rest_of_it := decoder.decode(b"", final=True):
-            yield rest_of_it
 
     def send(
         self,

@@ -165,9 +165,7 @@ def shop() -> Iterator[Shop]:
             a_route(MOCKED, ReplicaRoute(id="rep_mock", path=str(mock), slots=64)),
             a_route(GONE, ReplicaRoute(id="rep_gone", path=str(folder / "gone.sock"), slots=4)),
         ]
-        gateway = stack.enter_context(
-            Alone(folder / "gateway", models=models, callers=CALLERS)
-        )
+        gateway = stack.enter_context(Alone(folder / "gateway", models=models, callers=CALLERS))
         yield Shop(gateway, folder, keys={"poor": POOR, "slow": SLOW, "bound": BOUND})
 
 

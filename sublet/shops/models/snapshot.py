@@ -7,7 +7,14 @@ from datetime import date, datetime
 from sqlalchemy import Connection
 
 from sublet.base.kernel.interval import micros_since_epoch
-from sublet.base.wire.gateway import KeyPolicy, ModelRoute, ReplicaRoute, ScopeLimits, Snapshot
+from sublet.base.wire.gateway import (
+    KeyPolicy,
+    ModelRoute,
+    Price,
+    ReplicaRoute,
+    ScopeLimits,
+    Snapshot,
+)
 from sublet.records import tenancy
 from sublet.records.tenancy import Action, Standing, ValidKey
 from sublet.shops.models import service, store
@@ -163,7 +170,7 @@ def _route(
 ) -> ModelRoute | None:
     """None: it is not for sale, for want of a price or since it has ended."""
     stage = service.stage_on(model, today)
-    tiers = {
+    tiers: dict[str, Price] = {
         tier: service.as_wire(prices[model.name, tier])
         for tier in TIERS
         if (model.name, tier) in prices

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -52,10 +51,16 @@ bodies = st.dictionaries(names, values, max_size=8)
 def try_prepare(surface: Any, raw: bytes, models: Any) -> Prepared | None:
     try:
         prepared = prepare(surface, raw, models)
-    except Refusal as refusal:
-        assert refusal.code in KINDS
-        assert refusal.status in (400, 404)
-        return None
+    except Refusal as caught:
+        refusal = caught
+    else:
+        return check(prepared)
+    assert refusal.code in KINDS
+    assert refusal.status in (400, 404)
+    return None
+
+
+def check(prepared: Prepared) -> Prepared:
     assert prepared.cap <= prepared.route.max_output
     for leg in range(prepared.legs):
         orjson.loads(prepared.render(max(prepared.cap, 1), leg))
@@ -64,19 +69,19 @@ def try_prepare(surface: Any, raw: bytes, models: Any) -> Prepared | None:
 
 @given(surfaces, values)
 @settings(max_examples=300)
-def test_any_json_is_prepared_or_refused(surface: Any, value: Any, models: Any) -> None:
+def test_any_json_is_prepared_or_refused(models: Any, surface: Any, value: Any) -> None:
     try_prepare(surface, orjson.dumps(value), models)
 
 
 @given(surfaces, st.binary(max_size=64))
-def test_any_bytes_are_prepared_or_refused(surface: Any, raw: bytes, models: Any) -> None:
+def test_any_bytes_are_prepared_or_refused(models: Any, surface: Any, raw: bytes) -> None:
     try_prepare(surface, raw, models)
 
 
 @given(surfaces, st.sampled_from(["smol", "muse", "mini", "gpu"]), bodies)
 @settings(max_examples=600)
 def test_any_fields_are_prepared_or_refused(
-    surface: Any, model: str, body: dict[str, Any], models: Any
+    models: Any, surface: Any, model: str, body: dict[str, Any]
 ) -> None:
     full = {
         "max_tokens": 9,
@@ -114,7 +119,7 @@ KNOWN_UPSTREAM = {
 )
 @settings(max_examples=500)
 def test_a_field_that_nobody_lists_never_reaches_an_engine(
-    surface: Any, model: str, field: str, value: Any, read: Callable[..., Prepared], models: Any
+    models: Any, surface: Any, model: str, field: str, value: Any
 ) -> None:
     body = {"model": model, OWN[surface]: [{"role": "user", "content": "a"}]}
     if surface in ("completions", "embeddings"):
@@ -135,7 +140,7 @@ def test_a_field_that_nobody_lists_never_reaches_an_engine(
 
 @given(st.lists(st.tuples(st.sampled_from(["user", "system", "assistant"]), st.text()), min_size=1))
 def test_the_bound_covers_a_token_for_each_byte_and_a_frame_for_each_message(
-    turns: list[tuple[str, str]], models: Any
+    models: Any, turns: list[tuple[str, str]]
 ) -> None:
     body = {
         "model": "big",

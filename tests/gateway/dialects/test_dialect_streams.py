@@ -137,7 +137,7 @@ def test_null_usage_is_no_usage() -> None:
 
 
 nested = st.recursive(
-    st.integers() | st.none() | st.floats(allow_nan=False, allow_infinity=False),
+    st.integers(-(1 << 63), 1 << 63) | st.none() | st.floats(allow_nan=False, allow_infinity=False),
     lambda inner: st.dictionaries(st.sampled_from("abc"), inner),
     max_leaves=12,
 )

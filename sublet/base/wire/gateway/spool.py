@@ -5,9 +5,9 @@
 
 A file may end in a torn frame: its gateway died as it wrote, or the write failed, could not be taken
 back, and was repeated whole in the next file. Neither was acknowledged to anybody. So what is torn
-at the end of a file is passed over, and told as `torn_bytes`; with a sound frame behind it, it is
-damage, told as `is_damaged`, and nothing is passed over. A frame may be there twice, after a write
-that failed late: events are told apart by their ids.
+at the end of a file is passed over once there is a later file. With a sound frame behind it, it is
+damage: the reader stays before it and says so. A frame may be there twice, after a write that failed
+late: events are told apart by their ids.
 """
 
 from __future__ import annotations
@@ -57,12 +57,11 @@ class Batch:
     offset: int
     torn_bytes: int
     """After the last sound frame of this file, when nothing else is left of it. In the last file
-    they may become a frame yet, as long as its gateway lives."""
+    they may become a frame yet, as long as its gateway lives; elsewhere they are damage."""
     is_last: bool
     """No later file exists."""
-    is_damaged: bool = False
-    """A sound frame follows the torn bytes: acknowledged rows may be lost. The position does not
-    move beyond; an operator must look. A writer at work can look so for a moment: read twice."""
+    passed_bytes: int = 0
+    """Torn at the ends of files before this one, and passed over to come here."""
 
 
 class SpoolReader:
@@ -81,15 +80,16 @@ class SpoolReader:
     def read(self, file: int, offset: int, *, most_bytes: int = 4 << 20) -> Batch:
         """The next frames; an empty batch where there are none yet.
 
-        A file that ends is followed by the next one; torn bytes at its end are told in a batch
-        before. A position beyond a file's end is one at its end: what was read there was taken back
-        after a write that failed, and comes again in the next file.
+        A file that ends is followed by the next one, also where its end is torn. A position beyond
+        a file's end is one at its end: what was read there was taken back after a write that failed,
+        and comes again in the next file.
         """
         files = self.files()
         if not files:
             return Batch(bodies=(), file=file, offset=offset, torn_bytes=0, is_last=True)
         if file not in files and all(number > file for number in files):
             file, offset = files[0], 0
+        passed = 0
         while True:
             # Listed before it is read: a file that has a later one is not written any more.
             later = [number for number in files if number > file]
@@ -98,21 +98,17 @@ class SpoolReader:
             if not bodies and len(data) == most_bytes:
                 data = self._bytes(file, offset, -1)
                 bodies, used = read_frames(data)
-            if not bodies and not data and later:
+            if not bodies and later and not _has_frame(data):
+                passed += len(data)
                 file, offset = later[0], 0
                 continue
-            is_damaged = not bodies and _has_frame(data)
-            torn = 0 if bodies else len(data)
-            if torn and later and not is_damaged:
-                # Over: the next file holds it whole, if it was ever to be.
-                return Batch(bodies=(), file=later[0], offset=0, torn_bytes=torn, is_last=False)
             return Batch(
                 bodies=tuple(bodies),
                 file=file,
                 offset=offset + used,
-                torn_bytes=torn,
+                torn_bytes=0 if bodies else len(data),
                 is_last=not later,
-                is_damaged=is_damaged,
+                passed_bytes=passed,
             )
 
     def _bytes(self, file: int, offset: int, most: int) -> bytes:
@@ -124,17 +120,18 @@ class SpoolReader:
         """Every sound frame from a position to the present end, or to the first damage."""
         while True:
             batch = self.read(file, offset)
-            if not batch.bodies and (batch.file, batch.offset) == (file, offset):
+            if not batch.bodies:
                 return
             yield from batch.bodies
             file, offset = batch.file, batch.offset
 
 
 def _has_frame(data: bytes) -> bool:
-    """Whether any line of it is a whole sound frame."""
+    """Whether a whole sound frame lies behind the first line."""
     at = data.find(b"\n") + 1
     while at:
-        if read_frames(data[at : (data.find(b"\n", at) + 1) or at])[0]:
+        end = data.find(b"\n", at) + 1
+        if end and read_frames(data[at:end])[0]:
             return True
-        at = data.find(b"\n", at) + 1
+        at = end
     return False
