@@ -10,6 +10,7 @@ the books are not the subject.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -172,10 +173,9 @@ class Granter:
         with self._lock:
             connections = list(self._connections.values())
         for connection in connections:
-            try:
+            # One that is gone connects again, and reads the file then.
+            with contextlib.suppress(OSError):
                 connection.sendall(line)
-            except OSError:
-                pass  # It connects again, and reads the file then.
 
     def granted(self, gateway: str, epoch: int, key_id: str) -> int:
         with self._lock:
@@ -201,13 +201,13 @@ class Granter:
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        name, epoch = "", 0
+        name = ""
         try:
             with connection.makefile("rb") as lines:
                 for line in lines:
                     message = json.loads(line)
                     if message["type"] == "hello":
-                        name, epoch = message["gateway"], message["epoch"]
+                        name = message["gateway"]
                         with self._lock:
                             older = self._connections.get(name)
                             self._connections[name] = connection
@@ -253,10 +253,8 @@ class Granter:
 
 
 def _hang_up(connection: socket.socket) -> None:
-    try:
+    with contextlib.suppress(OSError):  # It was gone already.
         connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # It was gone already.
 
 
 class Alone:
@@ -278,7 +276,7 @@ class Alone:
         self._own = (
             tempfile.TemporaryDirectory(prefix="sublet-gateway-") if folder is None else None
         )
-        self.folder = Path(self._own.name) if folder is None or self._own else folder
+        self.folder = Path(self._own.name) if self._own is not None else folder
         self.callers = {caller.id: caller for caller in callers}
         self.models = {route.name: route for route in models}
         self.number = 0
@@ -375,7 +373,8 @@ class Alone:
             os.sched_setaffinity(self.process.pid, {self._core})
         try:
             is_told, _, _ = select.select([ready], [], [], READY_SECONDS)
-            assert is_told and os.read(ready, 1) == b"1", f"it did not start: {self.said()}"
+            assert is_told, f"it did not start: {self.said()}"
+            assert os.read(ready, 1) == b"1", f"it ended: {self.said()}"
         finally:
             os.close(ready)
 
@@ -395,6 +394,9 @@ class Alone:
         except subprocess.TimeoutExpired:
             self.kill()
             raise
+
+    def is_alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
 
     def said(self) -> str:
         return self.log.read_text() if self.log.exists() else ""

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sublet.base.wire.gateway import ReplicaRoute
-
 from bench.gateway.alone import Alone, Caller, a_route
+from sublet.base.wire.gateway import ReplicaRoute
 
 MOCK_PORT = 9100
 MODELS = ("mock-n50-d0", "mock-n50-d5000")
@@ -127,7 +126,7 @@ def measure(
                 if process.poll() is None:
                     process.terminate()
                     process.wait()
-            assert gateway.process is not None and gateway.process.poll() is None, gateway.said()
+            assert gateway.is_alive(), gateway.said()
         if status or not out.exists():
             raise SystemExit(f"gatewaybench ended with {status}")
         result: dict[str, Any] = json.loads(out.read_text())

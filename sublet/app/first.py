@@ -10,6 +10,7 @@ from importlib.resources import files
 from sublet.app.clockwork import anchored
 from sublet.app.folder import Folder, keep_private
 from sublet.app.migrate import migrate
+from sublet.app.sealing import key_at_start
 from sublet.app.settings import Settings
 from sublet.app.wiring import local_engine
 from sublet.base.kernel.clock import Clock
@@ -21,6 +22,7 @@ from sublet.capacity.engines.port import Engine, Inventory, Phase
 from sublet.money import billing
 from sublet.records import tenancy
 from sublet.rights import market
+from sublet.shops import models
 
 Say = Callable[[str], None]
 
@@ -32,9 +34,12 @@ class Opened:
     """Only on the first start of the folder."""
 
 
-def open_folder(settings: Settings, folder: Folder, *, tour: bool, say: Say) -> Opened:
+def open_folder(
+    settings: Settings, folder: Folder, *, tour: bool, say: Say, key: bytes | None = None
+) -> Opened:
     """Make the folder's cloud ready to serve. Doing it again changes only what the machine changed.
 
+    `key`: what seals models, where it came by stdin; None: it is in its file.
     Errors: DatabaseUnreadable, DatabaseTooNew, SettingsInvalid; nothing is lost then.
     """
     store, clock = _open_store(settings)
@@ -52,6 +57,13 @@ def open_folder(settings: Settings, folder: Folder, *, tour: bool, say: Say) -> 
             _enrol(work, inventory, settings, is_first=is_first)
             market.post_spot_prices(work, work.now)
         _describe(inventory, settings, say)
+        models.seed(
+            store,
+            weights=settings.weights_folder,
+            folder=folder.models,
+            key=key_at_start(settings, store, key, say),
+            say=say,
+        )
         return Opened(settings=settings, owner_key=owner_key)
     finally:
         store.close()

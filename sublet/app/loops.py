@@ -15,8 +15,9 @@ from sublet.capacity.allocation import loops as allocation_loops
 from sublet.capacity.engines.port import Engine, Inventory
 from sublet.money import billing
 from sublet.rights import market, owner
-from sublet.shops import compute
+from sublet.shops import compute, models
 from sublet.shops.compute.driver import LOOK
+from sublet.shops.models.keys import KeyEncryptionKey
 
 LOOK_EVERY = timedelta(seconds=20)
 QUIET = timedelta(seconds=30)
@@ -28,16 +29,19 @@ def cloud_loops(
     *,
     look: timedelta = LOOK,
     inventories: Callable[[], Sequence[Inventory]] | None = None,
+    key: Callable[[], KeyEncryptionKey | None] = lambda: None,
 ) -> list[Loop]:
     """Every loop but the clock's. The order is the order of a rehearsal's ties.
 
     `look`: how often runs are looked at when nothing is due.
     `inventories`: the nodes of an engine that has several; None: the engine's one.
+    `key`: opens sealed models; None: they stay closed.
     """
     work = compute.ComputeLoop(store, engine, look)
     fleet_loop = FleetLoop(store, inventories or (lambda: [engine.inventory()]))
     return [
         Loop("compute", work.step),
+        Loop("models", models.ModelsLoop(store, engine, key=key).step),
         Loop("owner", lambda now: owner.step(store, now)),
         Loop("allocation", lambda now: allocation_loops.step(store, now) or now + QUIET),
         Loop("market", lambda now: market.step(store, now), nudged=False),

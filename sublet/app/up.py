@@ -1,8 +1,10 @@
 """`sublet up`: opens the cloud on this machine and stays until it is told to end.
 
-Ctrl-C, SIGHUP and `sublet down` shut the cloud: workloads get SIGTERM at once, their grace, and
-their consumers a credit; a second Ctrl-C kills. SIGTERM is a service restart: the control plane
-ends, supervisors stay, each with a printed deadline.
+Ctrl-C, SIGHUP and `sublet down` shut the cloud: gateways let what streams end, workloads get
+SIGTERM, their grace, and their consumers a credit; a second Ctrl-C kills. SIGTERM is a service
+restart: gateways and the control plane end, supervisors stay, each with a printed deadline.
+
+Gateways always end before the link, so that it reads the last of their spools.
 """
 
 from __future__ import annotations
@@ -37,6 +39,12 @@ RESTARTS_ALLOWED = 5
 RESTARTS_WITHIN_SECONDS = 600.0
 """More restarts of one process than that, in so long, and the cloud is closed by hand."""
 CHILD_GRACE_SECONDS = 10.0
+GATEWAY_GRACE_SECONDS = 20.0
+"""A gateway lets its streams end for ten, and then writes the last of its spool."""
+LINK_GRACE_SECONDS = 60.0
+"""To read what spools hold, however busy the database is."""
+GATEWAY = "gateway"
+GATEWAY_ORDERS = "SUBLET_GATEWAY_ORDERS"
 
 
 class PortInUse(Unavailable):
@@ -61,12 +69,18 @@ class Cloud:
     folder: Folder
     lock_fd: int
     sockets: dict[str, socket.socket]
+    """By name: `api`, `ssh`, and for each gateway its own on the one port."""
+    key: bytes | None = None
+    """What seals models, where it came by stdin."""
     children: list[Child] = field(default_factory=list)
     signals: list[int] = field(default_factory=list)
     woken: threading.Event = field(default_factory=threading.Event)
 
     def url(self) -> str:
         return _url("http", self.sockets["api"])
+
+    def gateway_url(self) -> str:
+        return _url("http", self.sockets[_socket_name(GATEWAY, 0)])
 
 
 def main(
@@ -76,9 +90,11 @@ def main(
     ready_file: Path | None = None,
     say: Say = print,
     run_tour: Callable[[str, str], int] | None = None,
+    key: bytes | None = None,
 ) -> int:
     """Run a cloud in the foreground. Returns the exit code; errors are one sentence on `say`.
 
+    `key`: what seals models, where it does not come from its file.
     `run_tour(url, owner_key)` walks the tour; it is called on the first start of a data folder.
     """
     _reenter_with_delegated_cgroup(say)
@@ -90,19 +106,20 @@ def main(
         sockets = {
             "api": _listen(settings.host, settings.port, "--port"),
             "ssh": _listen(settings.host, settings.ssh_port, "--ssh-port"),
+            **_listen_side_by_side(settings),
         }
-        opened = first.open_folder(settings, folder, tour=tour, say=say)
+        opened = first.open_folder(settings, folder, tour=tour, say=say, key=key)
     except SubletError as error:
         say(f"sublet: {error.message}")
         return 1
-    cloud = Cloud(opened.settings, folder, lock_fd, sockets)
+    cloud = Cloud(opened.settings, folder, lock_fd, sockets, key)
     _forget(ready_file)
     _catch_signals(cloud)
     try:
         _start_all(cloud)
     except SubletError as error:
         say(f"sublet: {error.message}")
-        _end_children(cloud, signal.SIGTERM)
+        _end_in_order(cloud)
         return 1
     facts = _facts(cloud, opened.owner_key)
     folder.write_running({**facts, "owner_key": None})
@@ -133,7 +150,7 @@ def _facts(cloud: Cloud, owner_key: str | None) -> dict[str, Any]:
     host, port = cloud.sockets["ssh"].getsockname()[:2]
     return {
         "api_url": cloud.url(),
-        "gateway_url": None,
+        "gateway_url": cloud.gateway_url(),
         "console_url": None,
         "ssh": {"host": host, "port": port},
         "owner_key": owner_key,
@@ -145,6 +162,7 @@ def _greet(cloud: Cloud, opened: first.Opened, say: Say) -> None:
     host, port = cloud.sockets["ssh"].getsockname()[:2]
     say("")
     say(f"The cloud is open.  API {cloud.url()}   SSH {host} port {port}")
+    say(f"  models {cloud.gateway_url()}/v1   for OpenAI's and Anthropic's clients")
     say(f"  data   {cloud.folder.root}   log {cloud.folder.log.name}")
     if opened.owner_key:
         say("  owner  this key is shown once (a new one: sublet recover-owner):")
@@ -159,7 +177,7 @@ def _url(scheme: str, listening: socket.socket) -> str:
     return f"{scheme}://{shown}:{port}"
 
 
-def _listen(host: str, port: int, option: str) -> socket.socket:
+def _listen(host: str, port: int, option: str, *, is_shared: bool = False) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     except socket.gaierror as error:
@@ -169,6 +187,8 @@ def _listen(host: str, port: int, option: str) -> socket.socket:
     try:
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if is_shared:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listening.bind((host, port))
         listening.listen(512)
     except OSError as error:
@@ -177,6 +197,28 @@ def _listen(host: str, port: int, option: str) -> socket.socket:
             f"give another with {option}, or {option} 0 for a free one."
         ) from error
     return listening
+
+
+def _listen_side_by_side(settings: Settings) -> dict[str, socket.socket]:
+    """One listening socket for each gateway, all on one port: the kernel shares out connections.
+
+    We keep them, so that what comes while a gateway is started again waits for it. A port that
+    somebody else listens on must be refused by ourselves: a second cloud of the same user could
+    join it, and would get some of its connections.
+    """
+    host, port = settings.host, settings.gateway_port
+    if port:
+        _listen(host, port, "--gateway-port").close()
+    sockets = {}
+    for number in range(settings.gateways):
+        listening = _listen(host, port, "--gateway-port", is_shared=True)
+        port = listening.getsockname()[1]
+        sockets[_socket_name(GATEWAY, number)] = listening
+    return sockets
+
+
+def _socket_name(role: str, number: int) -> str:
+    return f"{role}-{number}"
 
 
 def _catch_signals(cloud: Cloud) -> None:
@@ -189,41 +231,78 @@ def _catch_signals(cloud: Cloud) -> None:
 
 
 def _start_all(cloud: Cloud) -> None:
-    roles: list[tuple[str, str | None, int]] = [("loops", None, 0), ("bastion", "ssh", 0)]
-    roles += [("api", "api", number) for number in range(cloud.settings.api_workers)]
-    waiting = [_spawn(cloud, role, listening, number) for role, listening, number in roles]
-    for (role, _, _), ready in zip(roles, waiting, strict=True):
+    """Gateways last: when they are ready there is a snapshot, and who grants allowances."""
+    roles = [("loops", 0), ("bastion", 0), ("link", 0)]
+    roles += [("api", number) for number in range(cloud.settings.api_workers)]
+    _start(cloud, roles)
+    _start(cloud, [(GATEWAY, number) for number in range(cloud.settings.gateways)])
+
+
+def _start(cloud: Cloud, roles: list[tuple[str, int]]) -> None:
+    waiting = [_spawn(cloud, role, number) for role, number in roles]
+    for (role, _), ready in zip(roles, waiting, strict=True):
         _await_ready(role, ready, cloud)
 
 
-def _spawn(cloud: Cloud, role: str, listening: str | None, number: int) -> int:
+def _spawn(cloud: Cloud, role: str, number: int) -> int:
+    """Start one process; returns where it says that it is ready."""
     ready_out, ready_in = os.pipe()
-    socket_fd = None if listening is None else cloud.sockets[listening].fileno()
+    shared = {"api": "api", "bastion": "ssh", GATEWAY: _socket_name(GATEWAY, number)}
+    name = shared.get(role)
+    key_fd = _key_pipe(cloud.key) if role == "loops" and cloud.key is not None else None
     orders = Orders(
         role=role,
         settings=cloud.settings.model_dump_json(),
         parent=os.getpid(),
         ready_fd=ready_in,
         lock_fd=cloud.lock_fd,
-        socket_fd=socket_fd,
+        socket_fd=None if name is None else cloud.sockets[name].fileno(),
         ssh_address=cloud.sockets["ssh"].getsockname()[:2],
         number=number,
+        key_fd=key_fd,
     )
-    inherited = [ready_in, cloud.lock_fd] + ([] if socket_fd is None else [socket_fd])
+    command, environment = _command(cloud, orders)
+    passed = [ready_in, cloud.lock_fd, orders.socket_fd, key_fd]
     errors = cloud.folder.log.open("ab")
     process = subprocess.Popen(
-        [sys.executable, "-m", "sublet.app.child", role],
-        env={**os.environ, ORDERS: orders.text()},
+        [sys.executable, "-m", *command],
+        env={**os.environ, **environment},
         stdin=subprocess.DEVNULL,
         stdout=errors,
         stderr=errors,
-        pass_fds=inherited,
+        pass_fds=[descriptor for descriptor in passed if descriptor is not None],
         start_new_session=True,
     )
     errors.close()
     os.close(ready_in)
+    if key_fd is not None:
+        os.close(key_fd)
     cloud.children.append(Child(orders, process))
     return ready_out
+
+
+def _command(cloud: Cloud, orders: Orders) -> tuple[list[str], dict[str, str]]:
+    """A gateway knows nothing of the house: it has its own entry, and orders in its own words."""
+    if orders.role != GATEWAY:
+        return ["sublet.app.child", orders.role], {ORDERS: orders.text()}
+    told = {
+        "name": f"gw-{orders.number}",
+        "folder": str(cloud.folder.gateway),
+        "socket_fd": orders.socket_fd,
+        "ready_fd": orders.ready_fd,
+        "parent": orders.parent,
+        "ack": True,
+        "body_limit": cloud.settings.body_limit,
+        "stale_seconds": cloud.settings.gateway_stale_seconds,
+    }
+    return ["sublet.gateway"], {GATEWAY_ORDERS: json.dumps(told)}
+
+
+def _key_pipe(key: bytes) -> int:
+    out, into = os.pipe()
+    os.write(into, key)
+    os.close(into)
+    return out
 
 
 def _await_ready(role: str, ready: int, cloud: Cloud) -> None:
@@ -271,8 +350,7 @@ def _restarted(cloud: Cloud, child: Child, say: Say) -> bool:
     say(f"The {orders.role} process ended ({child.process.returncode}); starting it again.")
     # A little longer each time: what fails at once should not fill the log.
     cloud.woken.wait(len(lately))
-    listening = {"api": "api", "bastion": "ssh"}.get(orders.role)
-    ready = _spawn(cloud, orders.role, listening, orders.number)
+    ready = _spawn(cloud, orders.role, orders.number)
     cloud.children[-1].restarted_at = (*lately, now)
     try:
         _await_ready(orders.role, ready, cloud)
@@ -282,43 +360,87 @@ def _restarted(cloud: Cloud, child: Child, say: Say) -> bool:
 
 
 def _shut(cloud: Cloud, say: Say) -> int:
-    say("\nClosing the cloud: workloads get SIGTERM now and their grace; their consumers a credit.")
+    say(
+        "\nClosing the cloud: what streams may end, workloads get SIGTERM and their grace; "
+        "their consumers a credit."
+    )
     loops = [c for c in cloud.children if c.orders.role == "loops"]
     # Nothing new may come in while what runs is being ended.
-    _end_children(cloud, signal.SIGTERM, keep=loops)
-    for child in loops:
-        with suppress(ProcessLookupError):
-            child.process.send_signal(signal.SIGUSR1)
-    while any(child.process.poll() is None for child in loops):
-        cloud.woken.clear()
-        if len(cloud.signals) > 1:
-            say("Killing what still runs.")
-            first.kill_everything(cloud.settings, cloud.folder)
-            _end_children(cloud, signal.SIGKILL)
-            return 130
-        cloud.woken.wait(0.1)
+    killed = _end_in_order(cloud, keep=loops, is_watched=True)
+    if not killed:
+        for child in loops:
+            with suppress(ProcessLookupError):
+                child.process.send_signal(signal.SIGUSR1)
+        killed = not _ended(cloud, loops, None)
+    if killed:
+        say("Killing what still runs.")
+        first.kill_everything(cloud.settings, cloud.folder)
+        _end(cloud, cloud.children, signal.SIGKILL, 1.0)
+        return 130
     say("Closed: nothing is left running.")
     return 0
 
 
 def _leave(cloud: Cloud, say: Say) -> int:
-    _end_children(cloud, signal.SIGTERM)
+    say("Stopping the control plane; gateways end too, as soon as what streams has ended.")
+    _end_in_order(cloud)
     for line in first.left_running(cloud.settings, cloud.folder):
         say(line)
     return 0
 
 
-def _end_children(cloud: Cloud, number: int, keep: list[Child] | None = None) -> None:
-    ending = [c for c in cloud.children if c not in (keep or [])]
+def _end_in_order(
+    cloud: Cloud, keep: list[Child] | None = None, *, is_watched: bool = False
+) -> bool:
+    """Gateways, then the link, then the others. `is_watched`: a second signal ends the patience;
+    True is returned then, with processes left."""
+    for name, listening in cloud.sockets.items():
+        if name.startswith(GATEWAY):
+            # Else connections would wait for a gateway that never comes.
+            listening.close()
+    left = [c for c in cloud.children if c not in (keep or [])]
+    gateways = [child for child in left if child.orders.role == GATEWAY]
+    links = [child for child in left if child.orders.role == "link"]
+    others = [child for child in left if child not in [*gateways, *links]]
+    for ending, seconds in (
+        (gateways, GATEWAY_GRACE_SECONDS),
+        (links, LINK_GRACE_SECONDS),
+        (others, CHILD_GRACE_SECONDS),
+    ):
+        if not _end(cloud, ending, signal.SIGTERM, seconds, is_watched=is_watched):
+            return True
+    return False
+
+
+def _end(
+    cloud: Cloud, ending: list[Child], number: int, seconds: float, *, is_watched: bool = False
+) -> bool:
+    """Signal these, and wait; who does not end is killed. False: a second signal came before."""
     for child in ending:
         with suppress(ProcessLookupError):
             child.process.send_signal(number)
+    if not _ended(cloud, ending, seconds, is_watched=is_watched):
+        return False
     for child in ending:
-        try:
-            child.process.wait(CHILD_GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
+        if child.process.poll() is None:
             child.process.kill()
             child.process.wait()
+    return True
+
+
+def _ended(
+    cloud: Cloud, ending: list[Child], seconds: float | None, *, is_watched: bool = True
+) -> bool:
+    """Wait until these have ended or the time is over. False: a second signal came before."""
+    end_ns = None if seconds is None else read_boot_ns() + int(seconds * 1e9)
+    while any(child.process.poll() is None for child in ending):
+        cloud.woken.clear()
+        if is_watched and len(cloud.signals) > 1:
+            return False
+        if end_ns is not None and read_boot_ns() >= end_ns:
+            break
+        cloud.woken.wait(0.05)
+    return True
 
 
 def _reenter_with_delegated_cgroup(say: Say) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -52,6 +53,9 @@ def up(
     gateway_port: Annotated[
         int | None, typer.Option("--gateway-port", help="Of the model gateway; default: 8701")
     ] = None,
+    gateways: Annotated[
+        int | None, typer.Option("--gateways", help="Gateway processes on that port; default: 1")
+    ] = None,
     ssh_port: Annotated[int | None, typer.Option("--ssh-port", help="Default: 2222")] = None,
     ready_file: Annotated[
         Path | None, typer.Option("--ready-file", help="Addresses and key, once all serves.")
@@ -62,8 +66,13 @@ def up(
     api_workers: Annotated[
         int | None, typer.Option("--api-workers", help="Processes that answer the API; default: 1")
     ] = None,
+    key_stdin: Annotated[
+        bool,
+        typer.Option("--key-stdin", help="The key that seals models is one line of stdin."),
+    ] = False,
 ) -> None:
     """Open the cloud on this machine; Ctrl-C ends all it started and credits who was running."""
+    from sublet.app import keyfile
     from sublet.app import up as opening
     from sublet.app.settings import read_settings
     from sublet.cli.tour import main as walk
@@ -74,11 +83,13 @@ def up(
             "host": host,
             "port": port,
             "gateway_port": gateway_port,
+            "gateways": gateways,
             "ssh_port": ssh_port,
             "trusted_tenants": trusted_tenants or None,
             "api_workers": api_workers,
         }
     )
+    key = keyfile.read_line(sys.stdin) if key_stdin else None
     kept = ready_file or profile.folder() / f"ready-{os.getpid()}.json"
     threading.Thread(
         target=_keep_profile, args=(kept, ready_file is None), name="profile", daemon=True
@@ -89,6 +100,7 @@ def up(
         ready_file=kept,
         say=say_at_once,
         run_tour=walk,
+        key=key,
     )
     raise typer.Exit(code)
 

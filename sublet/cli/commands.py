@@ -22,6 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 CLOUD = "The cloud on this machine"
 RENT = "Rent"
 WORK = "Your workloads"
+MODELS = "Models"
 MONEY = "Money"
 PEOPLE = "People and keys"
 OWNER = "For the owner"

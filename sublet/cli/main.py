@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from sublet.cli import account, cloud, money, owner, recalls, rent, top, workloads
+from sublet.cli import account, cloud, models, money, owner, recalls, rent, tokens, top, workloads
 from sublet.cli.commands import epilog
 from sublet.cli.errors import INTERRUPTED, report
 
@@ -27,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for part in (cloud, rent, workloads, money, account, recalls, owner, top):
+for part in (cloud, rent, workloads, models, tokens, money, account, recalls, owner, top):
     part.add_to(app)
 
 

@@ -59,12 +59,12 @@ class Control:
         """Say how it stands a last time, and go."""
         self._send(b"gauge", self._gauge().to_json())
         writer = self._writer
-        for task in self._tasks:
-            task.cancel()
         if writer is not None:
             with contextlib.suppress(OSError, TimeoutError):
                 await asyncio.wait_for(writer.drain(), 1)
-            writer.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def ask(self, request: AllowanceRequest) -> None:
         """Send it, now or when there is a connection; a newer one of the same key replaces it."""
@@ -95,10 +95,9 @@ class Control:
             try:
                 reader = await self._connect()
             except OSError:
-                await asyncio.sleep(BACK_OFF_SECONDS[min(failures, len(BACK_OFF_SECONDS) - 1)])
+                await self._back_off(failures)
                 failures += 1
                 continue
-            failures = 0
             try:
                 await self._listen(reader)
             except Exception as error:
@@ -106,11 +105,16 @@ class Control:
                 # gateway would be cut off for ever.
                 say("control_connection_ended", error=f"{type(error).__name__}: {error}")
             finally:
+                failures = 0 if self.is_connected else failures + 1
                 self.is_connected = False
                 writer, self._writer = self._writer, None
                 if writer is not None:
                     writer.close()
-            await asyncio.sleep(BACK_OFF_SECONDS[0])
+            await self._back_off(failures)
+
+    @staticmethod
+    async def _back_off(failures: int) -> None:
+        await asyncio.sleep(BACK_OFF_SECONDS[min(failures, len(BACK_OFF_SECONDS) - 1)])
 
     async def _connect(self) -> asyncio.StreamReader:
         path, descriptor = os.fspath(self._path), -1

@@ -60,6 +60,8 @@ class Purse:
         "_asked_ns",
         "_asked_serial",
         "_barrier",
+        "_ceiling",
+        "_ceiling_tokens",
         "_denied_ns",
         "_epoch",
         "_expires_ns",
@@ -116,6 +118,8 @@ class Purse:
         self._serial = 0
         self._barrier = 0  # The last give-back's serial.
         self._seen = 0  # The highest `answers` accepted.
+        # At least the control plane's g, as far as it was said: what there is to give back.
+        self._ceiling = self._ceiling_tokens = 0
         self._asked_serial = 0  # 0: nothing is outstanding.
         self._asked_ns = 0
         self._denied_ns = 0
@@ -245,6 +249,13 @@ class Purse:
         if allowance.granted_micros > self.granted:
             self.granted = allowance.granted_micros
         self.granted_tokens = allowance.granted_tokens
+        tokens = allowance.granted_tokens or 0
+        if answers == self._barrier:
+            self._ceiling = allowance.granted_micros
+            self._ceiling_tokens = tokens
+        else:
+            self._ceiling = max(self._ceiling, allowance.granted_micros)
+            self._ceiling_tokens = max(self._ceiling_tokens, tokens)
         self.expires_us = allowance.expires_us
         lasts_ns = max(allowance.expires_us - now_us, 0) * 1000
         self._expires_ns = now_ns + lasts_ns
@@ -294,7 +305,10 @@ class Purse:
             if self._asked_serial > self._barrier:
                 return self._ask(self._slice, self._slice_tokens, now_ns)
             self._asked_serial = 0  # In use again: what was not given back will be later.
-        elif self.granted > self.spent + self.held:
+        elif (
+            self._ceiling > self.spent + self.held
+            or self._ceiling_tokens > self.spent_tokens + self.held_tokens
+        ):
             if self._idle >= IDLE_SWEEPS:
                 return self._give_back(now_ns)
         elif self.held == 0:

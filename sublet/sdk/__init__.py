@@ -8,5 +8,14 @@ Callers  the command, the tour, and programs of customers.
 
 from sublet.sdk.client import Client
 from sublet.sdk.errors import ApiError, ClientError, UnexpectedAnswer, Unreachable
+from sublet.sdk.gateway import Gateway, Piece
 
-__all__ = ["ApiError", "Client", "ClientError", "UnexpectedAnswer", "Unreachable"]
+__all__ = [
+    "ApiError",
+    "Client",
+    "ClientError",
+    "Gateway",
+    "Piece",
+    "UnexpectedAnswer",
+    "Unreachable",
+]

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench.gateway.alone import Alone, Caller, a_route
 
+from bench.gateway.alone import Alone, Caller, a_route
 from sublet.base.wire.gateway import ReplicaRoute, ScopeLimits, UsageEvent
 from sublet.shops.models.convert import convert_bert
 from sublet.shops.models.servers import MODEL_SOCKET, SERVERS, ModelFacts
@@ -118,8 +118,8 @@ def _process(argv: list[str], socket: Path, **options: Any) -> Iterator[None]:
         try:
             end = time.monotonic() + START_SECONDS
             while not socket.exists():
-                said = Path(log.name).read_text()
-                assert process.poll() is None and time.monotonic() < end, said
+                assert process.poll() is None, Path(log.name).read_text()
+                assert time.monotonic() < end, Path(log.name).read_text()
                 threading.Event().wait(0.02)
             yield
         finally:
@@ -167,6 +167,3 @@ def shop() -> Iterator[Shop]:
         ]
         gateway = stack.enter_context(Alone(folder / "gateway", models=models, callers=CALLERS))
         yield Shop(gateway, folder, keys={"poor": POOR, "slow": SLOW, "bound": BOUND})
-
-
-__all__ = ["GONE", "MINILM", "MOCKED", "ROOT", "SMOL", "Shop"]

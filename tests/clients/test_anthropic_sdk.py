@@ -12,6 +12,8 @@ import pytest
 from .conftest import MOCKED, SMOL, Shop
 
 SAY: Any = [{"role": "user", "content": "Say the name of the capital of France."}]
+COLD = {"temperature": 0}
+"""The SDK has no argument of that name."""
 WEATHER: Any = {
     "name": "get_weather",
     "description": "The weather of a city.",
@@ -36,13 +38,16 @@ def client(shop: Shop) -> Iterator[anthropic.Anthropic]:
 
 
 def test_a_message_and_its_bill(client: anthropic.Anthropic, shop: Shop) -> None:
-    answer = client.messages.create(model=SMOL, messages=SAY, max_tokens=24, temperature=0)
+    raw = client.messages.with_raw_response.create(
+        model=SMOL, messages=SAY, max_tokens=24, extra_body=COLD
+    )
+    answer = raw.parse()
     (block,) = answer.content
     assert block.type == "text"
     assert "Paris" in block.text
     assert (answer.role, answer.type, answer.model) == ("assistant", "message", SMOL)
     assert answer.stop_reason in ("end_turn", "max_tokens")
-    row = shop.bill(str(answer._request_id))
+    row = shop.bill(raw.headers["x-request-id"])
     assert row.surface == "messages"
     assert row.output == answer.usage.output_tokens
     assert row.input_uncached == answer.usage.input_tokens
@@ -50,7 +55,7 @@ def test_a_message_and_its_bill(client: anthropic.Anthropic, shop: Shop) -> None
 
 
 def test_a_stream_says_the_same(client: anthropic.Anthropic, shop: Shop) -> None:
-    asked: Any = {"model": SMOL, "messages": SAY, "max_tokens": 24, "temperature": 0}
+    asked: Any = {"model": SMOL, "messages": SAY, "max_tokens": 24, "extra_body": COLD}
     whole = client.messages.create(**asked)
     with client.messages.stream(**asked) as stream:
         text = "".join(stream.text_stream)
@@ -79,7 +84,7 @@ def test_a_forced_tool_is_used(client: anthropic.Anthropic, choice: Any, is_stre
         "tools": [WEATHER],
         "tool_choice": choice,
         "max_tokens": 64,
-        "temperature": 0,
+        "extra_body": COLD,
     }
     if is_stream:
         with client.messages.stream(**asked) as stream:
@@ -110,7 +115,7 @@ def test_system_and_stop_sequences_are_honoured(client: anthropic.Anthropic) -> 
         system="You are a helpful assistant.",
         messages=SAY,
         max_tokens=24,
-        temperature=0,
+        extra_body=COLD,
         stop_sequences=["Paris"],
     )
     assert answer.stop_reason == "stop_sequence"
@@ -136,7 +141,12 @@ def test_each_cause_raises_its_own_class(client: anthropic.Anthropic, shop: Shop
         (anthropic.NotFoundError, 404, "not_found_error", {"model": "claude-9"}),
         (anthropic.PermissionDeniedError, 403, "permission_error", {"key": "bound", "model": SMOL}),
         (anthropic.APIStatusError, 402, "billing_error", {"key": "poor"}),
-        (anthropic.BadRequestError, 400, "invalid_request_error", {"temperature": "hot"}),
+        (
+            anthropic.BadRequestError,
+            400,
+            "invalid_request_error",
+            {"extra_body": {"temperature": "hot"}},
+        ),
         (anthropic.BadRequestError, 400, "invalid_request_error", {"messages": []}),
         (anthropic.BadRequestError, 400, "invalid_request_error", {"max_tokens": 0}),
         (anthropic.APIStatusError, 503, "overloaded_error", {"messages": steer("status=503")}),

@@ -270,6 +270,14 @@ def test_each_cause_raises_its_own_class(client: openai.OpenAI, shop: Shop) -> N
     assert shop.count() - rows == 2
 
 
+def test_what_a_model_does_not_take_is_refused_by_name(client: openai.OpenAI) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    talk: Any = [{"role": "user", "content": [{"type": "text", "text": "What is it?"}, image]}]
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.chat.completions.create(model=SMOL, messages=talk)
+    assert raised.value.param == "messages[0].content[1].type"
+
+
 def test_a_prompt_beyond_the_context_of_a_real_model(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as raised:
         client.chat.completions.create(
@@ -285,10 +293,9 @@ def test_a_cut_stream_raises_and_bills_what_was_delivered(
     with client.chat.completions.create(
         model=MOCKED, messages=steer("n=20 die=7 delay=0.001"), stream=True
     ) as stream:
-        got = []
+        got: list[str | None] = []
         with pytest.raises(openai.APIError, match="interrupted"):
-            for chunk in stream:
-                got.append(chunk.choices[0].delta.content)
+            got.extend(chunk.choices[0].delta.content for chunk in stream)
         rid = stream.response.headers["x-request-id"]
     row = shop.bill(rid)
     assert row.outcome == "interrupted"
@@ -297,9 +304,13 @@ def test_a_cut_stream_raises_and_bills_what_was_delivered(
 
 def test_a_reached_limit_is_waited_out(client: openai.OpenAI, shop: Shop) -> None:
     slow = client.with_options(api_key=shop.keys["slow"], max_retries=0)
-    with pytest.raises(openai.RateLimitError) as raised:
+
+    def many() -> None:
         for _ in range(200):
             slow.chat.completions.create(model=MOCKED, messages=steer("n=1"))
+
+    with pytest.raises(openai.RateLimitError) as raised:
+        many()
     head = raised.value.response.headers
     assert raised.value.code == "rate_limit_exceeded"
     assert head["x-ratelimit-remaining-requests"] == "0"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from sublet.base.kernel.money import Money
@@ -16,8 +17,16 @@ def _nothing() -> None:
     return None
 
 
+def _at_once(_after: datetime) -> bool:
+    return True
+
+
 def _no_lag() -> Mapping[str, float]:
     return {}
+
+
+def _no_gateway() -> str | None:
+    return None
 
 
 def _no_key() -> KeyEncryptionKey | None:
@@ -42,12 +51,16 @@ class Deps:
     ssh_host: str | None = None
     ssh_port: int | None = None
     """Where the bastion listens; None: SSH is not offered."""
+    gateway_url: Callable[[], str | None] = _no_gateway
+    """Where models are called; None: nowhere now."""
     models_folder: Path | None = None
     """Where sealed weights are kept; None: none can be added."""
     sealing_key: Callable[[], KeyEncryptionKey | None] = _no_key
     """With which they are sealed; None: there is none now."""
     loop_lag_seconds: Callable[[], Mapping[str, float]] = _no_lag
     """How late each loop is, by name, for the metrics."""
+    await_snapshot: Callable[[datetime], bool] = _at_once
+    """Waits a moment until gateways are told what was committed by then; False: not yet."""
     body_seconds: float = 20.0
     """A request's body that is not here by then is given up."""
     follow_poll_seconds: float = 0.5

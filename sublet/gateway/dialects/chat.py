@@ -40,18 +40,18 @@ _KEYS = {
     "assistant": frozenset(
         (
             "role", "content", "name", "tool_calls", "refusal", "annotations", "audio",
-            "function_call", "reasoning_content",
+            "function_call", "parsed", "reasoning_content",
         )
     ),
 }  # fmt: skip
-_ECHOED = ("refusal", "annotations", "audio", "function_call")
+_ECHOED = ("refusal", "annotations", "audio", "function_call", "parsed")
 """What a client sends back of an answer: of no meaning to the model, and dropped."""
 
 
 class Chat(Prepared):
     """A request of the chat surface."""
 
-    __slots__ = ("_served", "is_forced", "prefill", "tops")
+    __slots__ = ("is_forced", "prefill", "tops")
 
     surface: Surface = "chat"
     path = b"/v1/chat/completions"
@@ -340,7 +340,7 @@ def _call(call: Any, at: str) -> dict[str, Any]:
     function = call.get("function")
     if type(function) is not dict:
         raise missing(f"{at}.function")
-    only(function, {"name", "arguments"}, f"{at}.function")
+    only(function, {"name", "arguments", "parsed_arguments"}, f"{at}.function")
     name(function.get("name"), f"{at}.function.name")
     arguments = function.get("arguments")
     try:

@@ -168,7 +168,7 @@ class Completions(Prepared):
             "choices": [
                 {
                     "index": index,
-                    "text": choice.get("text") or "",
+                    "text": choice["text"] or "",
                     "logprobs": choice.get("logprobs"),
                     "finish_reason": choice.get("finish_reason") or "stop",
                 }

@@ -116,15 +116,23 @@ class Calls:
         """What the parts add: the call, whether it is told for the first time, more arguments."""
         added = []
         taken: set[int] = set()
-        for part in parts if type(parts) is list else []:
-            if type(part) is not dict:
-                continue
+        given = [part for part in parts if type(part) is dict] if type(parts) is list else []
+        for position, part in enumerate(given):
             function = part.get("function")
             function = function if type(function) is dict else {}
             engine_id = part.get("id") or None
             name = function.get("name") or ""
             index = part.get("index")
-            call = self._find(engine_id, name, index if type(index) is int else None, taken)
+            index = index if type(index) is int else None
+            call = self._find(engine_id, name, index, taken)
+            if call is None and engine_id is None and not name and index is None:
+                # Nothing names it: the calls of one event go on with the last calls, in order.
+                last = self.calls[max(len(self.calls) - len(given), 0) :]
+                call = last[position] if position < len(last) else None
+            if call is None:
+                call = Call(len(self.calls))
+                call.engine_index = index
+                self.calls.append(call)
             taken.add(call.index)
             if name and not call.name:
                 call.name = str(name)
@@ -150,7 +158,10 @@ class Calls:
         part = {"function": {"name": name, "arguments": arguments}, "id": None}
         return self.feed([part])[0]
 
-    def _find(self, engine_id: str | None, name: str, index: int | None, taken: set[int]) -> Call:
+    def _find(
+        self, engine_id: str | None, name: str, index: int | None, taken: set[int]
+    ) -> Call | None:
+        """The call that a part names, if it was met; never one that this event told of before."""
         free = [call for call in self.calls if call.index not in taken]
         if engine_id is not None:
             same = [call for call in free if call.engine_id == engine_id]
@@ -174,11 +185,5 @@ class Calls:
         elif index is not None:
             same = [call for call in free if call.engine_index == index]
         else:
-            same = free if not taken else free[len(free) :]
-            same = same or [call for call in free if not is_whole(call.arguments)]
-        if same:
-            return same[-1]
-        call = Call(len(self.calls))
-        call.engine_index = index
-        self.calls.append(call)
-        return call
+            return None
+        return same[-1] if same else None

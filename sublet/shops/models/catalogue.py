@@ -43,6 +43,7 @@ def _seeds() -> tuple[Seed, ...]:
         quantization="Q4_1",
         context=2048,
         max_output=2048,
+        template="chatml",
     )
     mini = NewModel(
         name="all-minilm-l6-v2",

@@ -222,7 +222,7 @@ def test_counts_follow_the_engine_and_the_last_value_wins(read: Read) -> None:
     assert events.counts is not None
     assert (events.counts.input_uncached, events.counts.cache_read) == (1, 35)
     out = events.feed(event({}, "stop") + usage() + DONE)
-    assert (events.made, events.counts.output, events.is_done) == (3, 2, True)
+    assert (events.made, events.counts.output, events.is_done) == (3, 3, True)
     assert b"usage" not in out
 
 

@@ -35,10 +35,10 @@ def normalise(server: str, usage: Mapping[str, Any]) -> Counts:
     if server not in ("llama.cpp", "vllm"):
         raise ValueError(f"no usage normaliser for {server!r}")
     details = usage.get("prompt_tokens_details")
-    plain = details.get("cached_tokens") if type(details) is dict else 0
-    asked, made = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    is_plain = type(asked) is int and type(made) is int and type(plain) is int
-    if is_plain and 0 <= plain <= asked and made >= 0:
+    plain: Any = details.get("cached_tokens") if type(details) is dict else 0
+    asked: Any = usage.get("prompt_tokens")
+    made: Any = usage.get("completion_tokens")
+    if type(asked) is type(made) is type(plain) is int and 0 <= plain <= asked and made >= 0:
         return Counts(asked - plain, plain, made)
     cached, odd_cached = _count(details.get("cached_tokens") if isinstance(details, dict) else 0)
     prompt, odd_prompt = _count(usage.get("prompt_tokens"))

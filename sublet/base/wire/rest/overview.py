@@ -45,6 +45,9 @@ class Status(Shape):
     now: Instant
     version: str
     trusted_tenants: bool
+    gateway_url: str | None
+    """Where models are called, with the same key: OpenAI's and Anthropic's SDKs take it (OpenAI's
+    with `/v1` after it)."""
     workloads: list[Workload]
     burn_micros_per_hour: int
     available: Money

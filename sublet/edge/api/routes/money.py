@@ -103,6 +103,7 @@ def _usage(
     start: datetime,
     end: datetime,
 ) -> rest.UsageLine:
+    assert workload.kind != "replica", "a replica is its deployment's"
     contract_id = workload.contract_id
     sums = dict.fromkeys(("held", "ran"), 0)
     for kind in sums:

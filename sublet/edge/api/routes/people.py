@@ -8,7 +8,7 @@ from starlette.responses import Response
 from sublet.base.kernel.errors import Invalid
 from sublet.base.store import Work
 from sublet.base.wire import rest
-from sublet.edge.api.call import Caller, Poster, versioned
+from sublet.edge.api.call import Call, Caller, Poster, versioned
 from sublet.edge.api.errors import declared
 from sublet.edge.api.paging import After, Id, Limit, by_seq
 from sublet.edge.api.show import people as show
@@ -217,13 +217,15 @@ def change_principal(
         demand(expected, found.version)
         return show.principal(tenancy.change_role(work, principal_id, body.role))
 
-    return call.act(
+    answer = call.act(
         "change_role",
         do,
         target=principal_id,
         detail={"role": body.role},
         headers=versioned,
     )
+    _await_gateways(call)
+    return answer
 
 
 @router.delete("/principals/{principal_id}", status_code=204, responses=declared(409))
@@ -236,6 +238,7 @@ def remove_principal(call: Caller, principal_id: Id) -> Response:
         return show.principal(tenancy.remove_principal(work, principal_id))
 
     call.act("remove_principal", do, target=principal_id)
+    _await_gateways(call)
     return Response(status_code=204)
 
 
@@ -299,7 +302,7 @@ def get_key(call: Caller, key_id: Id) -> rest.Key:
 
 @router.delete("/keys/{key_id}", status_code=204)
 def revoke_key(call: Caller, key_id: Id) -> Response:
-    """Refused from the next request on; a key may revoke itself."""
+    """Refused from the next request on, by gateways two seconds later; a key may revoke itself."""
 
     def do(work: Work) -> rest.Key:
         found = tenancy.get_key(work.tx, key_id)
@@ -308,7 +311,13 @@ def revoke_key(call: Caller, key_id: Id) -> Response:
         return show.key(tenancy.revoke_key(work, key_id))
 
     call.act("revoke_key", do, target=key_id)
+    _await_gateways(call)
     return Response(status_code=204)
+
+
+def _await_gateways(call: Call) -> None:
+    """What was taken away is gone at the gateways, too, when this is answered."""
+    call.deps.await_snapshot(call.deps.store.clock.now())
 
 
 def _key_of_mine(call: Caller, key: tenancy.Key) -> None:

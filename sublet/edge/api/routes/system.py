@@ -58,6 +58,7 @@ def get_status(call: Caller) -> rest.Status:
             now=now,
             version=call.deps.version,
             trusted_tenants=call.deps.trusted_tenants,
+            gateway_url=call.deps.gateway_url(),
             workloads=shown,
             burn_micros_per_hour=runway.burn_micros_per_hour,
             available=rest.Money.of(ledger.available(tx, call.organisation_id)),

@@ -12,6 +12,7 @@ from sublet.capacity import allocation
 from sublet.edge.api.deps import Deps
 from sublet.records import ledger
 from sublet.rights import market
+from sublet.rights.market import Product
 from sublet.shops import compute
 from sublet.shops.compute.spec import to_document
 
@@ -24,6 +25,10 @@ def workload(tx: Connection, found: compute.Workload, deps: Deps, now: datetime)
     last = compute.find_last_run(tx, found.id)
     contract = market.get_contract(tx, found.contract_id) if found.contract_id else None
     price = None if contract is None else _price(tx, contract, now)
+    # Replicas and what they are served under belong to their deployment, and are shown there.
+    assert found.kind != "replica"
+    product = Product.FIRST_PARTY if contract is None else contract.product
+    assert product is not Product.SERVING
     is_metered = last is not None and last.state in METERED and last.started_at is not None
     return rest.Workload(
         id=found.id,
@@ -36,7 +41,7 @@ def workload(tx: Connection, found: compute.Workload, deps: Deps, now: datetime)
         desired=found.desired.value,
         reason=None if found.reason is None else found.reason.value,
         failure=found.failure,
-        product="first_party" if contract is None else contract.product.value,
+        product=product.value,
         offer_id=None if contract is None else contract.offer_id,
         pool_id=found.pool_id,
         devices=found.devices,
