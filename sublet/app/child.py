@@ -232,6 +232,7 @@ def _link(app: App, orders: Orders) -> int:
         app.store,
         app.folder.gateway,
         gateways=app.settings.gateways,
+        stale=timedelta(seconds=app.settings.gateway_stale_seconds),
         installation_id=app.installation_id,
     )
     link.start()

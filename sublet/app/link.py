@@ -43,10 +43,14 @@ Ask = tuple[str, AllowanceRequest]
 class Link:
     """All of it, on one folder. `start` returns once gateways can connect."""
 
-    def __init__(self, store: Store, folder: Path, *, gateways: int, installation_id: str) -> None:
+    def __init__(
+        self, store: Store, folder: Path, *, gateways: int, stale: timedelta, installation_id: str
+    ) -> None:
         self._store = store
         self._spools = Spools(store, folder)
-        self._publisher = Publisher(store, folder, gateways, self._published)
+        self._publisher = Publisher(
+            store, folder, gateways=gateways, stale=stale, tell=self._published
+        )
         self._gauges = _Gauges(store, self._spools)
         self._asks: queue.Queue[Ask] = queue.Queue(ASKS_AT_MOST)
         self._server = ControlServer(

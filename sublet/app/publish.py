@@ -31,19 +31,29 @@ SHORTEST = timedelta(milliseconds=100)
 """Between two compositions; longer where one takes long, so that it is a tenth of the time."""
 IDLE_SHARE = 10
 FRESH = timedelta(seconds=10)
+STALE_SHARE = 4
+"""Of the time after which a gateway takes what it has for stale, but no more than FRESH."""
 LOOK_SECONDS = 0.01
 AWAITED_SECONDS = 2.0
 
 
 class Publisher:
-    """Steps on every nudge. `tell(number)`: a snapshot was written."""
+    """Steps on every nudge. `tell(number)`: a snapshot was written. `stale`: after what time
+    without a fresh one gateways refuse."""
 
     def __init__(
-        self, store: Store, folder: Path, gateways: int, tell: Callable[[int], None]
+        self,
+        store: Store,
+        folder: Path,
+        *,
+        gateways: int,
+        stale: timedelta,
+        tell: Callable[[int], None],
     ) -> None:
         self._store = store
         self._folder = folder
         self._gateways = gateways
+        self._fresh = min(FRESH, stale / STALE_SHARE)
         self._tell = tell
         self._content: bytes | None = None
         """What the file says, but for its number and instant."""
@@ -74,14 +84,14 @@ class Publisher:
         took = self._store.clock.now() - now
         self._not_before = now + max(SHORTEST, took * IDLE_SHARE)
         assert self._written_at is not None
-        return max(self._written_at + FRESH, self._not_before)
+        return max(self._written_at + self._fresh, self._not_before)
 
     def _publish(self, made: Snapshot, now: datetime) -> None:
         content = _content(made)
         if content != self._content:
             self._write(dataclasses.replace(made, number=self._reserve(made)), now)
             self._content = content
-        elif self._written_at is None or now >= self._written_at + FRESH:
+        elif self._written_at is None or now >= self._written_at + self._fresh:
             self._write(dataclasses.replace(made, number=self._number), now)
         self._note_composed(now)
 

@@ -49,7 +49,7 @@ class Settings(BaseSettings):
     )
     gateway_stale_seconds: int = Field(
         60,
-        ge=15,
+        ge=4,
         le=3600,
         description="A gateway that has heard nothing new from the control plane for so long refuses "
         "calls.",

@@ -65,11 +65,21 @@ class Devices:
         return self._transport.pages("/v1/devices", rest.Device, pool_id=pool_id, node_id=node_id)
 
     def time(
-        self, *, start: datetime, end: datetime, pool_id: str | None = None
+        self,
+        *,
+        start: datetime,
+        end: datetime,
+        pool_id: str | None = None,
+        device_id: str | None = None,
     ) -> rest.DeviceTime:
-        """How device time divided, in milliseconds that sum exactly."""
+        """How device time divided, in milliseconds that sum exactly; of all, a pool's, or one's."""
         return self._transport.get(
-            "/v1/device-time", rest.DeviceTime, start=start, end=end, pool_id=pool_id
+            "/v1/device-time",
+            rest.DeviceTime,
+            start=start,
+            end=end,
+            pool_id=pool_id,
+            device_id=device_id,
         )
 
 

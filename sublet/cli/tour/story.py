@@ -16,6 +16,7 @@ from sublet.base.wire import rest
 from sublet.cli import values
 from sublet.cli.tour import work
 from sublet.cli.tour.stage import CannotTour, Scene, StoryBroken, Tour
+from sublet.cli.tour.tokens import Models
 from sublet.sdk import Client, ClientError
 
 GRACE_SECONDS = 10
@@ -45,13 +46,24 @@ class Actors:
     job: rest.Workload | None = None
     own: rest.Workload | None = None
     recall: rest.Recall | None = None
+    rented: set[str] = field(default_factory=set)
+    """The devices that instance and job had."""
     steps: int = 0
     texts: dict[int, str] = field(default_factory=dict)
     """The job's log by the number of its run."""
 
+    models: Models = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert self.signed.secret is not None, "a sign-up shows its key"
+        self.models = Models(
+            tour=self.tour, scene=self.scene, consumer=self.consumer, key=self.signed.secret
+        )
+
     def play(self) -> None:
         scene = self.scene
         self._quotes()
+        self.models.play()
         self._rent()
         self._log_in()
         if not scene.together:
@@ -66,6 +78,7 @@ class Actors:
         self._end_box()
         self._bill()
         self._statement()
+        self.models.one_device(self.signed.organisation.created_at, self._now(), self.rented)
         self._verdict()
         self.tour.begin("Time")
         taken = self.tour.seconds()
@@ -484,6 +497,8 @@ class Actors:
     def _run_of(self, workload: rest.Workload) -> rest.Run:
         if workload.run is None:
             raise StoryBroken(f"{workload.id} has no run")
+        if workload.party == "sale":
+            self.rented |= set(workload.run.device_ids)
         return workload.run
 
     def _log(self) -> str:
@@ -501,6 +516,7 @@ class Actors:
 
     def leave(self) -> None:
         """Leave nothing behind, however the story ended."""
+        self.models.leave()
         with suppress(ClientError):
             if self.recall is not None and self._recall().state not in ("returned", "cancelled"):
                 recalls = self.tour.owner.recalls

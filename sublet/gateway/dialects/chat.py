@@ -4,7 +4,7 @@ Honoured here: model, messages, stream, stream_options, max_completion_tokens an
 service_tier, tool_choice. Passed where the route lists them: `checks.PASSED`. Dropped: what
 `checks.IGNORED` names, `store: false`, `modalities: ["text"]`. All else is refused by name.
 
-A last message of the assistant is continued; the answer holds what was added to it.
+llama.cpp continues a last message of the assistant; the answer holds what was added to it.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ class Chat(Prepared):
         if last["role"] == "assistant" and route.server == LLAMA:
             self.prefill = last.get("content") or ""
         self.settle_legs()
-        self.settle_input(len(raw) + TEMPLATE_TOKENS + MESSAGE_TOKENS * len(messages))
+        # A forced call's schema tells the tools once more, should a template show it.
+        told = len(raw) << self.is_forced
+        self.settle_input(told + TEMPLATE_TOKENS + MESSAGE_TOKENS * len(messages))
 
     def _read_rest(self) -> None:
         body = self.body

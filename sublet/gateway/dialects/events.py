@@ -122,7 +122,7 @@ class Events:
             )
             leg.made = max(leg.made, told.output)
             leg.counts = leg.counts or told
-        elif not self._is_counted and chunk.get("choices"):
+        elif not self._is_counted and _says_something(chunk.get("choices")):
             leg.made += 1
 
     def _chunk(self, chunk: dict[str, Any], leg: int) -> None:
@@ -295,6 +295,17 @@ def _payload(event: bytes) -> bytes:
         return event[6:]
     lines = [line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:")]
     return b"\n".join(lines)
+
+
+def _says_something(choices: Any) -> bool:
+    """An event with text or a part of a call: one token, where the engine does not count."""
+    for choice in choices if type(choices) is list else []:
+        delta = choice.get("delta", choice) if type(choice) is dict else None
+        if type(delta) is dict and any(
+            delta.get(key) for key in ("content", "text", "tool_calls", "reasoning_content")
+        ):
+            return True
+    return False
 
 
 def _whole(values: dict[str, Any], key: str) -> int:

@@ -5,7 +5,7 @@ service_tier; temperature, top_p and top_k where the route lists them. `metadata
 and `thinking: disabled` change neither what is made nor what it costs, and are dropped. Thinking,
 images, documents and server tools are refused by name.
 
-A last message of the assistant is continued; the answer holds what was added to it.
+llama.cpp continues a last message of the assistant; the answer holds what was added to it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class Messages(Prepared):
         last = messages[-1]
         if last["role"] == "assistant" and route.server == LLAMA:
             self.prefill = last.get("content") or ""
-        self.settle_input(len(raw) + TEMPLATE_TOKENS + MESSAGE_TOKENS * len(messages))
+        told = len(raw) << self.is_forced  # as in chat
+        self.settle_input(told + TEMPLATE_TOKENS + MESSAGE_TOKENS * len(messages))
 
     def _read_own(self, fields: tuple[str, ...], chat_fields: tuple[str, ...]) -> None:
         body = self.body

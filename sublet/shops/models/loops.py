@@ -3,28 +3,27 @@
 Drain: publish without the replica → every gateway that lives acts by such a snapshot → nothing in
 flight → stop. A replica that was given notice drains at once; its notice is how long that may take.
 
-Whatever asks a model server or an engine lies outside every Work, in a few threads of its own, so
-that a slow start keeps nobody else waiting.
+Whatever asks a model server or reads a file lies outside every Work, in threads of its own
+(`starts`), so that a slow start keeps nobody else waiting.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
+from concurrent.futures import Executor
 from datetime import datetime, timedelta
-from pathlib import Path
 
 import structlog
 from sqlalchemy import Connection
 
 from sublet.base.kernel.errors import Conflict, Invalid, NoCapacity, NotFound, SubletError
-from sublet.base.store import Actor, Store, Work
+from sublet.base.store import Store, Work
 from sublet.capacity.engines.port import Engine
 from sublet.records import metering, tenancy
 from sublet.shops import compute
 from sublet.shops.compute import Location, Reason
 from sublet.shops.compute.states import State
-from sublet.shops.models import keys, scaling, service, store
+from sublet.shops.models import scaling, service, store
 from sublet.shops.models.model import (
     Deployment,
     DeploymentState,
@@ -34,11 +33,11 @@ from sublet.shops.models.model import (
     ReplicaChanged,
     ReplicaState,
 )
-from sublet.shops.models.servers import KEY_SOCKET, MODEL_SOCKET, SERVERS, ModelFacts, ModelServer
+from sublet.shops.models.servers import MODEL_SOCKET, SERVERS, ModelServer
+from sublet.shops.models.starts import ACTOR, Hopeless, KeyOf, Ready, Starts, facts_of
 
 log = structlog.get_logger()
 
-ACTOR = Actor.system("models")
 QUIET = timedelta(seconds=30)
 """Nothing is deployed."""
 CALM = timedelta(seconds=1)
@@ -46,15 +45,25 @@ BUSY = timedelta(milliseconds=150)
 """Something starts or leaves."""
 START_LIMIT = timedelta(minutes=10)
 """A replica that does not answer for so long has failed."""
+STEADY = timedelta(minutes=1)
+"""One that served for so long has started well; one that ended sooner has not."""
+LEAVE_LIMIT = timedelta(minutes=10)
+"""How long the last requests of a replica that nobody needs may take: its devices are not waited
+for, and a client that reads for ever must not hold them for ever."""
+REVOKED_LIMIT = timedelta(seconds=45)
+"""The same where it may serve no more: with snapshot and grace it is gone within a minute."""
 LIVE = (ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING)
 LEAVING = frozenset({State.INTERRUPTING, State.STOPPING})
-THREADS = 4
 
-KeyOf = Callable[[], "keys.KeyEncryptionKey | None"]
+RETIRED = "retired"
+ENDED = "model_ended"
+REVOKED = "grant_revoked"
+OUR_REASONS = frozenset({RETIRED, ENDED, REVOKED, str(Reason.SCALED_IN)})
+"""Why we let one leave; all others are its notice's."""
 
 
 class ModelsLoop:
-    """Steps the shop on one engine."""
+    """Steps the shop on one engine. `executor`: where servers are asked; None: a few threads."""
 
     def __init__(
         self,
@@ -63,19 +72,16 @@ class ModelsLoop:
         *,
         servers: Mapping[str, ModelServer] = SERVERS,
         key: KeyOf = lambda: None,
+        executor: Executor | None = None,
     ) -> None:
         self._books = books
         self._engine = engine
         self._servers = servers
-        self._key = key
-        self._pool: ThreadPoolExecutor | None = None
-        self._asked: dict[str, Future[bool]] = {}
-        self._checked: dict[str, tuple[str, float]] = {}
+        self._starts = Starts(books, engine, servers, key, executor)
         self._is_busy = False
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._starts.close()
 
     def step(self, now: datetime) -> datetime:
         """One look at every deployment and replica, and what follows; when to look again."""
@@ -89,7 +95,7 @@ class ModelsLoop:
         by_id = {deployment.id: deployment for deployment in deployments}
         for replica in replicas:
             try:
-                self._look_after(replica, by_id.get(replica.deployment_id), where[replica.id], now)
+                self._look_after(replica, by_id[replica.deployment_id], where[replica.id], now)
             except SubletError as error:
                 log.warning("replica_not_stepped", replica_id=replica.id, why=error.message)
         for deployment in deployments:
@@ -102,17 +108,19 @@ class ModelsLoop:
     # ---- one replica -----------------------------------------------------------------------
 
     def _look_after(
-        self, replica: Replica, deployment: Deployment | None, at: Location, now: datetime
+        self, replica: Replica, deployment: Deployment, at: Location, now: datetime
     ) -> None:
         workload = at.workload
         if workload.is_over:
             self._gone(replica, at)
         elif replica.state is ReplicaState.DRAINING:
             self._is_busy = True
-            self._try_to_leave(replica, at)
+            if workload.state is State.RUNNING and replica.reason not in OUR_REASONS:
+                self._stay(replica)
+            else:
+                self._try_to_leave(replica, deployment, at, now)
         elif workload.state in LEAVING:
-            reason = "notice" if workload.reason is None else str(workload.reason)
-            self._drain(replica, reason)
+            self._drain(replica, str(workload.reason or workload.state))
         elif replica.state is ReplicaState.STARTING:
             self._is_busy = True
             self._try_to_serve(replica, at, now)
@@ -129,18 +137,31 @@ class ModelsLoop:
             )
             _tell(work, found, ReplicaState.DRAINING)
 
-    def _try_to_leave(self, replica: Replica, at: Location) -> None:
-        with self._books.read() as tx:
-            is_free = service.is_dropped(tx, replica.id) and not service.in_flight(tx, replica.id)
-        if not is_free or at.workload.state is State.STOPPING:
-            return
-        self._read_counts(replica, at)
+    def _stay(self, replica: Replica) -> None:
+        """Its notice was withdrawn: it goes on where it was."""
         with self._books.work(ACTOR) as work:
-            compute.stop_for(work, replica.id, Reason.DRAINED)
+            state = ReplicaState.STARTING if replica.ready_at is None else ReplicaState.READY
+            store.update_replica(work.tx, replica, state=state, draining_at=None, reason=None)
+            _tell(work, replica, state)
+
+    def _try_to_leave(
+        self, replica: Replica, deployment: Deployment, at: Location, now: datetime
+    ) -> None:
+        if at.workload.state is State.STOPPING:
+            return
+        with self._books.read() as tx:
+            is_empty = service.is_dropped(tx, replica.id) and not service.in_flight(tx, replica.id)
+        if is_empty:
+            self._read_counts(replica, at)
+        elif not _is_late(replica, deployment, now):
+            return
+        with self._books.work(ACTOR) as work:
+            compute.stop_for(work, replica.id, Reason.DRAINED if is_empty else Reason.SCALED_IN)
 
     def _gone(self, replica: Replica, at: Location) -> None:
         workload = at.workload
         why = replica.reason or workload.failure or str(workload.reason or workload.state)
+        story = self._story(at, why)
         with self._books.work(ACTOR) as work:
             found = store.find_replica(work.tx, replica.id)
             if found is None or found.state is ReplicaState.GONE:
@@ -149,9 +170,11 @@ class ModelsLoop:
                 work.tx, found, state=ReplicaState.GONE, gone_at=work.now, reason=why
             )
             _tell(work, found, ReplicaState.GONE)
-            if found.ready_at is None and found.state is ReplicaState.STARTING:
-                _note_failure(work, found.deployment_id, self._story(at, why))
-        self._asked.pop(replica.id, None)
+            steady_at = None if found.ready_at is None else found.ready_at + STEADY
+            is_early = steady_at is None or work.now < steady_at
+            if is_early and found.state is not ReplicaState.DRAINING:
+                _note_failure(work, found.deployment_id, story)
+        self._starts.forget(replica.id)
 
     def _story(self, at: Location, why: str) -> str:
         """Why it did not start, with the last line that it wrote."""
@@ -166,78 +189,21 @@ class ModelsLoop:
 
     def _try_to_serve(self, replica: Replica, at: Location, now: datetime) -> None:
         if now - replica.created_at > START_LIMIT:
-            with self._books.work(ACTOR) as work:
-                compute.stop_for(work, replica.id, Reason.NODE_FAULT)
+            self._end(replica, f"it did not answer within {START_LIMIT}")
             return
-        if at.run_id is None or not at.is_running:
-            return
-        asked = self._asked.get(replica.id)
-        if asked is None:
-            self._asked[replica.id] = self._threads().submit(self._is_serving, replica, at)
-            return
-        if not asked.done():
-            return
-        del self._asked[replica.id]
-        if asked.exception() is not None:
-            log.warning("replica_not_asked", replica_id=replica.id, why=str(asked.exception()))
-        elif asked.result():
-            self._ready(replica, at)
+        found = self._starts.poll(replica, at, now)
+        if isinstance(found, Ready):
+            self._ready(replica, at, found)
+        elif isinstance(found, Hopeless):
+            self._end(replica, found.why)
 
-    def _threads(self) -> ThreadPoolExecutor:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="models")
-        return self._pool
+    def _end(self, replica: Replica, why: str) -> None:
+        """It failed to start; the deployment will say why."""
+        with self._books.work(ACTOR) as work:
+            store.update_replica(work.tx, replica, reason=why)
+            compute.stop_for(work, replica.id, Reason.SCALED_IN)
 
-    def _is_serving(self, replica: Replica, at: Location) -> bool:
-        """In a thread: bring a sealed one its key, then ask for one real token."""
-        assert at.run_id is not None
-        with self._books.read() as tx:
-            model = store.get_model(tx, replica.model)
-        if model.is_sealed and not replica.has_key:
-            return self._bring_key(replica, model, at)
-        door = self._engine.door(at.run_id, MODEL_SOCKET)
-        return self._servers[model.server].ready(door, facts_of(model))
-
-    def _bring_key(self, replica: Replica, model: Model, at: Location) -> bool:
-        """Written down first, sent after; never twice to one replica."""
-        assert at.run_id is not None
-        try:
-            with keys.knock(self._engine.door(at.run_id, KEY_SOCKET)) as caller:
-                asked: keys.Asked | None = None
-                try:
-                    with self._books.work(ACTOR) as work:
-                        asked = self._asking(work, replica, model, at)
-                        data_key = keys.release(work, self._key(), asked, peer=caller.peer)
-                        found = store.find_replica(work.tx, replica.id)
-                        assert found is not None
-                        store.update_replica(work.tx, found, has_key=True)
-                except SubletError as refused:
-                    if asked is not None:
-                        with self._books.work(ACTOR) as work:
-                            keys.note_refusal(work, asked, refused)
-                            _note_failure(work, replica.deployment_id, refused.message)
-                            compute.stop_for(work, replica.id, Reason.SCALED_IN)
-                    return False
-                caller.deliver(data_key)
-        except OSError:
-            return False  # Nobody listens there yet.
-        return False  # It has the key: whether it serves, the next look asks.
-
-    def _asking(self, work: Work, replica: Replica, model: Model, at: Location) -> keys.Asked:
-        found = store.find_replica(work.tx, replica.id)
-        return keys.Asked(
-            replica_id=replica.id,
-            model=model.name,
-            node_id=at.node_id or "",
-            is_starting=found is not None
-            and found.state is ReplicaState.STARTING
-            and not found.has_key,
-            is_granted=service.is_granted(work.tx, model.name),
-            is_third_party=model.is_third_party,
-            is_own_site=True,
-        )
-
-    def _ready(self, replica: Replica, at: Location) -> None:
+    def _ready(self, replica: Replica, at: Location, ready: Ready) -> None:
         assert at.run_id is not None
         door = self._engine.door(at.run_id, MODEL_SOCKET)
         with self._books.work(ACTOR) as work:
@@ -247,8 +213,16 @@ class ModelsLoop:
             store.update_replica(
                 work.tx, found, state=ReplicaState.READY, door=door, ready_at=work.now
             )
+            if ready.counts is not None:
+                metering.begin_readings(
+                    work,
+                    replica.id,
+                    prompt=ready.counts.prompt_total,
+                    cached=ready.counts.cached_total,
+                    predicted=ready.counts.predicted_total,
+                )
             deployment = store.get_deployment(work.tx, found.deployment_id)
-            store.note_deployment(work.tx, deployment, failure=None, failures=0, retry_at=None)
+            store.note_deployment(work.tx, deployment, failure=None, retry_at=None)
             _tell(work, found, ReplicaState.READY)
         log.info("replica_ready", replica_id=replica.id, model=replica.model)
 
@@ -276,29 +250,39 @@ class ModelsLoop:
         with self._books.read() as tx:
             live = store.list_replicas(tx, deployment_id=deployment.id, states=LIVE)
             model = store.get_model(tx, deployment.model)
-            load = _load(tx, deployment, live)
-            may_serve = self._may_serve(tx, model, now)
-        staying = [r for r in live if r.state is not ReplicaState.DRAINING]
+            staying = [r for r in live if r.state is not ReplicaState.DRAINING]
+            load = _load(tx, deployment, staying)
+            forbidden = _why_not(tx, deployment, model, now)
         scaled = scaling.decide(deployment, load, now=now)
-        wanted = scaled.wanted if may_serve else 0
         self._remember(deployment, scaled, load)
+        self._forgive(deployment, staying, now)
         if deployment.state is DeploymentState.RETIRING and not live:
             with self._books.work(ACTOR) as work:
                 found = store.get_deployment(work.tx, deployment.id)
                 store.update_deployment(work.tx, found, state=DeploymentState.RETIRED)
             return
-        if wanted < len(staying):
-            # The newest first, and filler before what is firm.
-            order = sorted(staying, key=lambda r: (not r.is_filler, -r.created_at.timestamp()))
-            for replica in order[: len(staying) - wanted]:
-                self._drain(replica, str(Reason.SCALED_IN))
-        elif wanted > len(staying) and (deployment.retry_at is None or now >= deployment.retry_at):
-            self._is_busy = True
-            self._add(deployment, model, staying, load)
+        wanted = 0 if forbidden else scaled.wanted
+        leaving = scaling.surplus(staying, wanted, deployment.min_replicas)
+        for replica in leaving:
+            self._drain(replica, forbidden or str(Reason.SCALED_IN))
+        if not leaving and (deployment.retry_at is None or now >= deployment.retry_at):
+            self._grow(deployment, model, staying, wanted, load)
 
-    def _may_serve(self, tx: Connection, model: Model, now: datetime) -> bool:
-        is_ended = service.stage_on(model, now.date()) is Lifecycle.END_OF_LIFE
-        return not is_ended and (not model.is_sealed or service.is_granted(tx, model.name))
+    def _grow(
+        self,
+        deployment: Deployment,
+        model: Model,
+        staying: list[Replica],
+        wanted: int,
+        load: scaling.Load,
+    ) -> None:
+        is_filler = scaling.next_is_filler(staying, wanted, deployment)
+        blocking = scaling.blocks_firm(staying, wanted, deployment)
+        if is_filler is not None:
+            self._is_busy = True
+            self._add(deployment, model, is_filler, len(staying) + 1, load)
+        elif blocking is not None:
+            self._drain(blocking, str(Reason.SCALED_IN))
 
     def _remember(self, deployment: Deployment, scaled: scaling.Scaled, load: scaling.Load) -> None:
         asked_long_ago = scaled.last_asked_at - deployment.last_asked_at > timedelta(seconds=5)
@@ -316,40 +300,35 @@ class ModelsLoop:
                 last_asked_at=scaled.last_asked_at,
             )
 
+    def _forgive(self, deployment: Deployment, staying: list[Replica], now: datetime) -> None:
+        """One serves steadily: the next failure is a first one again."""
+        if deployment.failures and any(
+            one.ready_at is not None and now - one.ready_at >= STEADY for one in staying
+        ):
+            with self._books.work(ACTOR) as work:
+                found = store.get_deployment(work.tx, deployment.id)
+                store.note_deployment(work.tx, found, failures=0)
+
     def _add(
         self,
         deployment: Deployment,
         model: Model,
-        staying: list[Replica],
+        is_filler: bool,
+        number: int,
         load: scaling.Load,
     ) -> None:
-        """One replica more: firm up to the minimum, filler above it."""
+        """One replica more. What refuses it is kept, and it is tried again later and later."""
         try:
-            server = self._spec(deployment, model)
+            if not self._starts.is_file_right(model):
+                return
+            server = self._servers[model.server].spawn(
+                facts_of(model), devices=deployment.devices, slots=deployment.slots
+            )
             with self._books.work(ACTOR) as work:
-                firm = sum(not replica.is_filler for replica in staying)
-                is_filler = firm >= deployment.min_replicas
-                self._rent(work, deployment, model, server, is_filler, len(staying) + 1, load)
+                self._rent(work, deployment, model, server, is_filler, number, load)
         except (NoCapacity, Conflict, Invalid, NotFound) as refused:
             with self._books.work(ACTOR) as work:
                 _note_failure(work, deployment.id, refused.message)
-
-    def _spec(self, deployment: Deployment, model: Model) -> compute.ServerSpec:
-        """What to run. The file is what was added, by its digest; of a sealed one the format says."""
-        path = Path(model.path)
-        if not model.path or not path.is_file():
-            raise Conflict(f"The weights of {model.name} are not at {path}: `make setup`.")
-        if not model.is_sealed:
-            mark = (str(path), path.stat().st_mtime)
-            if self._checked.get(model.name) != mark:
-                found, _ = service.digest(path)
-                if found != model.sha256:
-                    raise Conflict(
-                        f"{path} is not the file that was added as {model.name}: its sha256 differs."
-                    )
-                self._checked[model.name] = mark
-        server = self._servers[model.server]
-        return server.spawn(facts_of(model), devices=deployment.devices, slots=deployment.slots)
 
     def _rent(
         self,
@@ -373,9 +352,7 @@ class ModelsLoop:
             is_filler=is_filler,
             drain_seconds=deployment.drain_seconds,
             value_micros=scaling.worth_micros(
-                model.tokens_per_device_hour,
-                0 if price is None else price.output_micros,
-                scaling.expected_permille(load, deployment.target, number),
+                model, price, scaling.expected_permille(load, deployment.target, number)
             ),
             server=server,
             organisation_id=owner.id,
@@ -399,20 +376,31 @@ class ModelsLoop:
         _tell(work, replica, ReplicaState.STARTING)
 
 
-def facts_of(model: Model) -> ModelFacts:
-    return ModelFacts(
-        name=model.name,
-        path=model.path,
-        kind=model.kind,
-        context=model.context,
-        is_sealed=model.is_sealed,
-        template=model.template,
-    )
+def _is_late(replica: Replica, deployment: Deployment, now: datetime) -> bool:
+    """What it still has in hand is given up. Under a notice that is the engine's to do, at its
+    end."""
+    assert replica.draining_at is not None
+    if replica.reason not in OUR_REASONS:
+        return False
+    if replica.reason == str(Reason.SCALED_IN):
+        limit = LEAVE_LIMIT
+    else:
+        limit = min(timedelta(seconds=deployment.drain_seconds), REVOKED_LIMIT)
+    return now - replica.draining_at >= limit
 
 
-def _load(tx: Connection, deployment: Deployment, live: list[Replica]) -> scaling.Load:
-    """Running and waiting, by all gateways that live."""
-    names = {replica.id for replica in live}
+def _why_not(tx: Connection, deployment: Deployment, model: Model, now: datetime) -> str | None:
+    """Why it serves no more, if so."""
+    if deployment.state is not DeploymentState.ACTIVE:
+        return RETIRED
+    if service.stage_on(model, now.date()) is Lifecycle.END_OF_LIFE:
+        return ENDED
+    return REVOKED if model.is_sealed and not service.is_granted(tx, model.name) else None
+
+
+def _load(tx: Connection, deployment: Deployment, staying: list[Replica]) -> scaling.Load:
+    """Running and waiting, by all gateways that live. What a leaving one has in hand it finishes."""
+    names = {replica.id for replica in staying}
     running = waiting = 0
     for gateway in store.list_gateways(tx):
         if gateway.is_alive:

@@ -11,10 +11,18 @@ more displaces it, with its drain as notice; an idle device earns nothing else m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sublet.shops.models.model import Deployment, DeploymentState
+from sublet.shops.models.model import (
+    Deployment,
+    DeploymentState,
+    Model,
+    Replica,
+    ReplicaState,
+    TierPrice,
+)
 
 CALM = timedelta(seconds=30)
 BACK_OFF = (2, 5, 15, 30, 60)
@@ -61,16 +69,76 @@ def decide(deployment: Deployment, load: Load, *, now: datetime) -> Scaled:
     return Scaled(wanted=aim, lower_since=None, last_asked_at=asked_at)
 
 
+def surplus(staying: Sequence[Replica], wanted: int, least: int) -> list[Replica]:
+    """Who leaves, where fewer are wanted than stay: filler first, and of those who do not serve yet
+    the newest first.
+
+    None leaves that serves while what would stay serves no `wanted` of itself: who is to take its
+    place is there first. Of firm ones `least` stay, while that many are wanted.
+    """
+    order = sorted(
+        staying,
+        key=lambda one: (
+            one.is_filler,
+            one.state is not ReplicaState.READY,
+            one.created_at,
+            one.id,
+        ),
+        reverse=True,
+    )
+    serving = sum(one.state is ReplicaState.READY for one in staying)
+    firm = sum(not one.is_filler for one in staying)
+    leaving: list[Replica] = []
+    for one in order:
+        serves = one.state is ReplicaState.READY
+        if len(staying) - len(leaving) <= wanted:
+            break
+        if serves and serving <= wanted:
+            continue
+        if not one.is_filler and firm <= min(least, wanted):
+            continue
+        serving -= serves
+        firm -= not one.is_filler
+        leaving.append(one)
+    return leaving
+
+
+def next_is_filler(staying: Sequence[Replica], wanted: int, deployment: Deployment) -> bool | None:
+    """Whether another replica is to be rented, and as which: filler, or firm. None: no other.
+
+    A minimum that was raised is met by firm ones, which then take the place of filler.
+    """
+    firm = sum(not one.is_filler for one in staying)
+    lacks_firm = firm < min(deployment.min_replicas, wanted)
+    if len(staying) >= deployment.max_replicas or not (len(staying) < wanted or lacks_firm):
+        return None
+    return not lacks_firm
+
+
+def blocks_firm(staying: Sequence[Replica], wanted: int, deployment: Deployment) -> Replica | None:
+    """The filler that has to leave before a firm one may come, since the maximum is reached."""
+    firm = sum(not one.is_filler for one in staying)
+    filler = [one for one in staying if one.is_filler]
+    if firm >= min(deployment.min_replicas, wanted) or len(staying) < deployment.max_replicas:
+        return None
+    return max(filler, key=lambda one: (one.created_at, one.id), default=None)
+
+
 def retry_after(failures: int) -> timedelta:
     """After so many failed starts in a row."""
     return timedelta(seconds=BACK_OFF[min(max(failures, 1), len(BACK_OFF)) - 1])
 
 
-def worth_micros(
-    tokens_per_device_hour: int, output_micros: int, expected_share_permille: int
-) -> int:
-    """A device-hour of the n-th replica: what it makes when busy × price × how busy it will be."""
-    return tokens_per_device_hour * output_micros // 1_000_000 * expected_share_permille // 1000
+def worth_micros(model: Model, price: TierPrice | None, expected_permille: int) -> int:
+    """A device-hour of the n-th replica, in micros: what one makes when busy × price × how busy this
+    one would be. 0 while nobody has measured it, or it is not for sale.
+
+    An embedding model is measured, and paid, by its input.
+    """
+    if price is None:
+        return 0
+    micros = price.input_micros if model.kind == "embed" else price.output_micros
+    return model.tokens_per_device_hour * micros * expected_permille // (1_000_000 * 1000)
 
 
 def expected_permille(load: Load, target: int, number: int) -> int:

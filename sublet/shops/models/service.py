@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from sublet.base.kernel.errors import Invalid, Stale
+from sublet.base.kernel.errors import Conflict, Invalid, Stale
 from sublet.base.store import Work
 from sublet.base.wire import gateway as wire
 from sublet.capacity import fleet
@@ -449,8 +449,15 @@ def set_gateways(work: Work, alive: Iterable[str]) -> None:
 
 
 def keep_snapshot(work: Work, snapshot: wire.Snapshot) -> None:
-    """This one is about to be published: what it names is known by its number."""
+    """This one is about to be published: what it names is known by its number.
+
+    Raises Conflict where it names a replica that has begun to leave since it was composed: no
+    gateway may be told of it after that. Compose it anew.
+    """
     names = sorted(r.id for model in snapshot.models.values() for r in model.replicas)
+    left = store.not_ready(work.tx, names)
+    if left:
+        raise Conflict(f"{', '.join(left)} has left since snapshot {snapshot.number} was composed.")
     store.keep_snapshot(work.tx, snapshot.number, names, work.now, SNAPSHOTS_KEPT)
 
 
@@ -460,13 +467,10 @@ def last_snapshot(tx: Connection) -> int:
 
 
 def is_dropped(tx: Connection, replica_id: str) -> bool:
-    """Every gateway that lives acts by a snapshot without that replica."""
-    for gateway in store.list_gateways(tx):
-        if gateway.is_alive:
-            named = store.replicas_in(tx, gateway.snapshot)
-            if named is None or replica_id in named:
-                return False
-    return True
+    """Every gateway that lives acts by a snapshot later than the last that names the replica, so
+    that none sends to it, now or later. For one that is draining: it is named in no new one."""
+    named = store.last_naming(tx, replica_id)
+    return all(gateway.snapshot > named for gateway in store.list_gateways(tx) if gateway.is_alive)
 
 
 def in_flight(tx: Connection, replica_id: str) -> int:

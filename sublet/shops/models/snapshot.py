@@ -22,6 +22,7 @@ from sublet.shops.models.model import (
     EVERYONE,
     TIERS,
     Deployment,
+    DeploymentState,
     Lifecycle,
     Model,
     Replica,
@@ -154,6 +155,8 @@ def _routes(tx: Connection, now: datetime) -> dict[str, ModelRoute]:
         ready.setdefault(replica.deployment_id, []).append(replica)
     routes = {}
     for deployment in store.list_deployments(tx):
+        if deployment.state is not DeploymentState.ACTIVE:
+            continue  # No call begins any more; those that run end where they are.
         model = models[deployment.model]
         route = _route(model, deployment, ready.get(deployment.id, []), prices, now.date())
         if route is not None:

@@ -340,12 +340,18 @@ def last_snapshot(tx: Connection) -> int:
     return tx.execute(sa.select(sa.func.max(snapshots.c.number))).scalar() or 0
 
 
-def replicas_in(tx: Connection, number: int) -> frozenset[str] | None:
-    """None: that snapshot is not known any more."""
-    row = tx.execute(
-        sa.select(snapshots.c.replicas).where(snapshots.c.number == number)
-    ).one_or_none()
-    return None if row is None else frozenset(row.replicas)
+def last_naming(tx: Connection, replica_id: str) -> int:
+    """The highest number of a snapshot that names the replica; 0: none that is still known."""
+    query = sa.select(snapshots.c.number, snapshots.c.replicas).order_by(snapshots.c.number.desc())
+    return next((row.number for row in tx.execute(query) if replica_id in row.replicas), 0)
+
+
+def not_ready(tx: Connection, replica_ids: Collection[str]) -> list[str]:
+    """Those of them that are to get no calls."""
+    query = sa.select(replicas.c.id).where(
+        replicas.c.id.in_(list(replica_ids)), replicas.c.state != ReplicaState.READY
+    )
+    return sorted(row.id for row in tx.execute(query))
 
 
 def _model(row: Row[Any]) -> Model:

@@ -104,6 +104,81 @@ OWN = {
     "completions": "prompt",
     "embeddings": "input",
 }
+TOOL = {"type": "function", "function": {"name": "get_a", "parameters": {"type": "object"}}}
+CALL = {"id": "c", "type": "function", "function": {"name": "get_a", "arguments": "{}"}}
+RICH: dict[str, dict[str, Any]] = {
+    "chat": {
+        "model": "smol",
+        "messages": [
+            {"role": "system", "content": "a"},
+            {"role": "user", "content": [{"type": "text", "text": "a"}]},
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "c", "content": "a"},
+        ],
+        "tools": [TOOL],
+        "tool_choice": {"type": "function", "function": {"name": "get_a"}},
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}},
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "n": 2,
+        "seed": 3,
+        "stop": ["a"],
+        "logit_bias": {"1": 2},
+        "max_completion_tokens": 9,
+        "metadata": {"a": "b"},
+    },
+    "completions": {"model": "smol", "prompt": [[1, 2], [3]], "n": 2, "best_of": 2, "seed": 1},
+    "embeddings": {"model": "mini-plain", "input": ["a", "b"], "encoding_format": "base64"},
+    "messages": {
+        "model": "smol",
+        "max_tokens": 9,
+        "system": [{"type": "text", "text": "a"}],
+        "messages": [
+            {"role": "user", "content": "a"},
+            {
+                "role": "assistant",
+                "content": [{"type": "tool_use", "id": "t", "name": "get_a", "input": {"x": 1}}],
+            },
+            {
+                "role": "user",
+                "content": [
+                    {
+                        "type": "tool_result",
+                        "tool_use_id": "t",
+                        "content": [{"type": "text", "text": "a"}],
+                    },
+                    {"type": "text", "text": "a"},
+                ],
+            },
+        ],
+        "tools": [{"name": "get_a", "input_schema": {"type": "object"}}],
+        "tool_choice": {"type": "tool", "name": "get_a"},
+        "stop_sequences": ["a"],
+        "thinking": {"type": "disabled"},
+        "metadata": {"user_id": "u"},
+    },
+}
+RICH["count_tokens"] = RICH["messages"]
+
+
+@given(surfaces, st.data())
+@settings(max_examples=600)
+def test_a_good_request_with_one_part_gone_wrong(models: Any, surface: str, data: Any) -> None:
+    body = orjson.loads(orjson.dumps(RICH[surface]))
+    assert try_prepare(surface, orjson.dumps(body), models) is not None
+    at: Any = body
+    while True:
+        key = data.draw(st.sampled_from(list(at) if type(at) is dict else list(range(len(at)))))
+        if not at[key] or type(at[key]) not in (dict, list) or data.draw(st.booleans()):
+            break
+        at = at[key]
+    if data.draw(st.booleans()):
+        at[key] = data.draw(scalars | words | values)
+    else:
+        del at[key]
+    try_prepare(surface, orjson.dumps(body), models)
+
+
 KNOWN_UPSTREAM = {
     "model", "messages", "prompt", "input", "stream", "stream_options", "timings_per_token",
     "max_tokens", "max_completion_tokens", "n", "tools", "tool_choice", "parallel_tool_calls",

@@ -228,7 +228,8 @@ def test_counts_follow_the_engine_and_the_last_value_wins(read: Read) -> None:
 
 def test_without_counters_events_are_counted(read: Read) -> None:
     events = read("messages", model="bare", stream=True).events("default", b"r")
-    events.feed(event({"content": "a"}) + event({"content": "b"}))
+    events.feed(event({"role": "assistant", "content": ""}))
+    events.feed(event({"content": "a"}) + event({"content": "b"}) + event({}, "stop"))
     assert events.made == 2
 
 

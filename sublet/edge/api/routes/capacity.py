@@ -24,6 +24,7 @@ router = APIRouter(prefix="/v1", tags=["capacity"], responses=declared())
 
 PoolQuery = Annotated[str | None, Query(pattern=rest.OWN_ID, description="Of this pool only.")]
 NodeQuery = Annotated[str | None, Query(pattern=rest.OWN_ID, description="On this node only.")]
+DeviceQuery = Annotated[str | None, Query(pattern=rest.OWN_ID, description="This device only.")]
 
 
 @router.get("/sites")
@@ -160,7 +161,11 @@ def list_devices(
 
 @router.get("/device-time")
 def get_device_time(
-    call: Caller, start: Start = None, end: End = None, pool_id: PoolQuery = None
+    call: Caller,
+    start: Start = None,
+    end: End = None,
+    pool_id: PoolQuery = None,
+    device_id: DeviceQuery = None,
 ) -> rest.DeviceTime:
     """How device time divided over a stretch: whole milliseconds that sum exactly."""
     call.require(Action.READ_FLEET)
@@ -170,5 +175,7 @@ def get_device_time(
         ids = None
         if pool_id is not None:
             ids = [device.id for device in fleet.list_devices(tx, fleet.get_pool(tx, pool_id).id)]
+        if device_id is not None:
+            ids = [fleet.get_device(tx, device_id).id]
         found = metering.partition(tx, device_ids=ids, start=first, end=last)
     return rest.DeviceTime(start=first, end=last, milliseconds_by_use=found)

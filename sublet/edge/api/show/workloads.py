@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Literal
 
 from sqlalchemy import Connection
 
@@ -12,12 +13,17 @@ from sublet.capacity import allocation
 from sublet.edge.api.deps import Deps
 from sublet.records import ledger
 from sublet.rights import market
-from sublet.rights.market import Product
 from sublet.shops import compute
 from sublet.shops.compute.spec import to_document
 
 CHARGES = (market.USAGE, market.INTERRUPTION_CREDIT, market.FIRST_PARTY_CREDIT)
 METERED = frozenset({compute.RunState.RUNNING, compute.RunState.STOPPING})
+
+_PRODUCTS: dict[market.Product, Literal["spot", "on_demand", "first_party"]] = {
+    market.Product.SPOT: "spot",
+    market.Product.ON_DEMAND: "on_demand",
+    market.Product.FIRST_PARTY: "first_party",
+}
 
 
 def workload(tx: Connection, found: compute.Workload, deps: Deps, now: datetime) -> rest.Workload:
@@ -25,10 +31,8 @@ def workload(tx: Connection, found: compute.Workload, deps: Deps, now: datetime)
     last = compute.find_last_run(tx, found.id)
     contract = market.get_contract(tx, found.contract_id) if found.contract_id else None
     price = None if contract is None else _price(tx, contract, now)
-    # Replicas and what they are served under belong to their deployment, and are shown there.
-    assert found.kind != "replica"
-    product = Product.FIRST_PARTY if contract is None else contract.product
-    assert product is not Product.SERVING
+    assert found.kind != "replica", "those are shown with their deployment"
+    product = _PRODUCTS[market.Product.FIRST_PARTY if contract is None else contract.product]
     is_metered = last is not None and last.state in METERED and last.started_at is not None
     return rest.Workload(
         id=found.id,
@@ -41,7 +45,7 @@ def workload(tx: Connection, found: compute.Workload, deps: Deps, now: datetime)
         desired=found.desired.value,
         reason=None if found.reason is None else found.reason.value,
         failure=found.failure,
-        product=product.value,
+        product=product,
         offer_id=None if contract is None else contract.offer_id,
         pool_id=found.pool_id,
         devices=found.devices,
