@@ -321,6 +321,11 @@ class ScriptedGateway:
             spent_micros=spent, held_micros=held, spent_tokens=0, held_tokens=0, serial=serial,
         )  # fmt: skip
 
+    def shout(self, data: bytes) -> None:
+        """Bytes as they are, and wait for a welcome."""
+        self.socket.sendall(data)
+        self.hear("welcome")
+
     def close(self) -> None:
         self.socket.close()
 

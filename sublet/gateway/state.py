@@ -318,6 +318,8 @@ class Gateway:
         """The first who fits it goes on: default before flex."""
         if replica.is_leaving:
             replica.close_idle()
+            if not replica.inflight:
+                self.control.report()
             return
         waiting = model.waiting
         while waiting and replica.inflight < replica.slots:
@@ -366,7 +368,8 @@ class Gateway:
         in_flight: dict[str, int] = {}
         ejected = []
         now_ns = read_boot_ns()
-        for replica in self.routes.replicas.values():
+        # One that leaves is reported until it is empty: its end waits for that.
+        for replica in (*self.routes.leaving, *self.routes.replicas.values()):
             in_flight[replica.id] = replica.inflight
             if replica.out_until_ns > now_ns:
                 ejected.append(replica.id)

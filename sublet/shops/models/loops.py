@@ -119,6 +119,8 @@ class ModelsLoop:
                 self._stay(replica)
             else:
                 self._try_to_leave(replica, deployment, at, now)
+        elif replica.reason is not None:
+            self._is_busy = True  # It was given up: its end is awaited.
         elif workload.state in LEAVING:
             self._drain(replica, str(workload.reason or workload.state))
         elif replica.state is ReplicaState.STARTING:

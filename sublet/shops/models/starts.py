@@ -38,6 +38,7 @@ UNLOCKED_LIMIT = timedelta(minutes=2)
 long, never got it: nobody brings it twice."""
 
 KeyOf = Callable[[], "keys.KeyEncryptionKey | None"]
+Mark = tuple[object, ...]
 T = TypeVar("T")
 
 
@@ -72,8 +73,8 @@ class Starts:
         self._key = key
         self._executor = executor
         self._asked: dict[str, Future[Ready | Hopeless | None]] = {}
-        self._digests: dict[str, Future[tuple[tuple[object, ...], str]]] = {}
-        self._right: dict[str, tuple[object, ...]] = {}
+        self._digests: dict[str, Future[tuple[Mark, str]]] = {}
+        self._right: dict[str, tuple[str, Mark]] = {}
         self._unlocked: set[str] = set()
         self._met_at: dict[str, datetime] = {}
 
@@ -177,16 +178,14 @@ class Starts:
         if model.is_sealed:
             return True
         path = Path(model.path)
-        mark = (model.sha256, *_mark(path))
-        if self._right.get(model.name) == mark:
-            return True
-        reading = self._digests.pop(model.name, None)
-        if reading is None or not reading.done():
-            if reading is None:
-                reading = self.submit(lambda: (_mark(path), service.digest(path)[0]))
-            self._digests[model.name] = reading
-            return False
         try:
+            mark = _mark(path)
+            if self._right.get(model.name) == (model.sha256, mark):
+                return True
+            reading = self._digests.pop(model.name, None)
+            if reading is None or not reading.done():
+                self._digests[model.name] = reading or self.submit(lambda: _read_through(path))
+                return False
             read, found = reading.result()
         except OSError as error:
             raise WeightsMissing(f"{path} cannot be read: {error.strerror}.") from error
@@ -194,11 +193,15 @@ class Starts:
             raise WeightsChanged(
                 f"{path} is not the file that was added as {model.name}: its sha256 differs."
             )
-        self._right[model.name] = (model.sha256, *read)
-        return (model.sha256, *read) == mark
+        self._right[model.name] = (model.sha256, read)
+        return read == mark
 
 
-def _mark(path: Path) -> tuple[object, ...]:
+def _read_through(path: Path) -> tuple[Mark, str]:
+    return _mark(path), service.digest(path)[0]
+
+
+def _mark(path: Path) -> Mark:
     """By what the file system tells another file, or a changed one."""
     seen = path.stat()
     return str(path), seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns

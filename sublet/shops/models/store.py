@@ -346,6 +346,11 @@ def last_naming(tx: Connection, replica_id: str) -> int:
     return next((row.number for row in tx.execute(query) if replica_id in row.replicas), 0)
 
 
+def oldest_snapshot(tx: Connection) -> int:
+    """The lowest number that is still known; 0: none is."""
+    return tx.execute(sa.select(sa.func.min(snapshots.c.number))).scalar() or 0
+
+
 def not_ready(tx: Connection, replica_ids: Collection[str]) -> list[str]:
     """Those of them that are to get no calls."""
     query = sa.select(replicas.c.id).where(
