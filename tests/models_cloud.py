@@ -16,12 +16,13 @@ from templates import Template
 
 from sublet.audit import check
 from sublet.base.kernel.clock import VirtualClock
+from sublet.base.kernel.money import Money
 from sublet.base.store import Actor, Store, Work
 from sublet.base.wire.gateway import Gauge, Snapshot
 from sublet.capacity import allocation, fleet
 from sublet.capacity.allocation import loops as allocation_loops
 from sublet.capacity.engines.simulated import SimulatedEngine
-from sublet.records import tenancy
+from sublet.records import ledger, tenancy
 from sublet.rights import market
 from sublet.shops import compute, models
 from sublet.shops.models.servers import Gauges, ModelFacts
@@ -90,7 +91,16 @@ def prepared(nodes: int, devices: int) -> Template[tuple[str, tenancy.Identity, 
             market.load_rate_card(work, market.seed_rate_card(), work.now)
             market.post_spot_prices(work, work.now)
             allocation.set_firm_shelf(work, node.pool_id, nodes * devices, None)
-            owner, buyer = identity(work, "owner", "owner"), identity(work, "buyer", "consumer")
+            owner, buyer = identity(work, "owner", "owner"), identity(work, "buyer")
+            ledger.post(
+                work,
+                key="gift",
+                debit=ledger.PAYMENTS,
+                credit=ledger.customer_account(buyer.organisation.id),
+                amount=Money.parse("10000"),
+                kind="payment",
+                organisation_id=buyer.organisation.id,
+            )
         return node.pool_id, owner, buyer
 
     return Template(prepare, START)
@@ -117,9 +127,7 @@ class Cloud:
         self.pool_id, self.owner, self.buyer = template.found
         self.server = Server()
         self.gateways: dict[str, Gateway] = {"gw-0": Gateway()}
-        self.snapshot = Snapshot(
-            number=0, made_us=0, gateways=1, keys={}, limits={}, models={}
-        )
+        self.snapshot = Snapshot(number=0, made_us=0, gateways=1, keys={}, limits={}, models={})
         self.compute = compute.ComputeLoop(self.books, self.engine, timedelta(seconds=10))
         self.models = self.loop()
 
@@ -225,18 +233,27 @@ class Cloud:
         made: models.Deployment = self.act(models.deploy, self.owner, model=model, **options)
         return made
 
-    def rent(self, **spec: Any) -> compute.Workload:
-        """A stranger's on-demand instance: it displaces filler."""
+    def rent(self, devices: int = 1, **options: Any) -> compute.Workload:
+        """A stranger's spot instance: it displaces filler."""
+        offer = "gpu-spot" if devices == 1 else f"gpu-spot-{devices}"
         with self.books.work(self.buyer.actor()) as work:
-            tenancy.set_standing  # noqa: B018
-            quote = market.quote(work, self.owner, offer_id="gpu-spot", notice_seconds=None)
+            quote = market.quote(work, self.buyer, offer_id=offer)
             return compute.rent(
                 work,
-                self.owner,
+                self.buyer,
                 kind="instance",
                 quote_id=quote.id,
-                spec=compute.WorkloadSpec(**spec),
+                spec=compute.WorkloadSpec(),
+                **options,
             )
+
+    def notice(self, replica: models.Replica, reason: str = "owner_recall") -> allocation.Claim:
+        """As a recall gives it."""
+        with self.books.work(SYSTEM) as work:
+            claim = allocation.find_claim_of(work.tx, replica.id)
+            assert claim is not None
+            term_at = allocation.earliest_term_at(claim, work.now)
+            return allocation.give_notice(work, claim.id, reason=reason, term_at=term_at)
 
     # ---- seeing ---------------------------------------------------------------------------
 

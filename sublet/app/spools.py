@@ -182,6 +182,8 @@ class Spools:
                 self._clear(life, reader, batch.file)
                 return True
             self._keep(life, batch)
+            if batch.passed_bytes:
+                log.warning("spool_end_torn", life=life.name, bytes=batch.passed_bytes)
             file, offset = batch.file, batch.offset
             self._clear(life, reader, file)
         return False
@@ -291,21 +293,20 @@ def _taken(life: Life, now: datetime, *, is_last: bool) -> Iterator[bool]:
 def _check_end(life: Life, batch: Batch, *, is_over: bool) -> None:
     """What is left behind the last sound frame: the torn end of a write, or damage.
 
-    Torn is what nobody was told is kept: at the end of the last file, without a whole line that is
-    wrong while its gateway lives, and without a sound frame behind it once it is dead.
+    Torn is what nobody was told is kept: without a sound frame behind it, and while its gateway
+    lives without a whole line that is wrong.
     """
-    try:
-        with (life.folder / file_name(batch.file)).open("rb") as source:
-            source.seek(batch.offset)
-            rest = source.read()
-    except FileNotFoundError:
-        return  # Nothing was ever written.
-    line_end = rest.find(b"\n")
+    if not batch.torn_bytes:
+        return
+    with (life.folder / file_name(batch.file)).open("rb") as source:
+        source.seek(batch.offset)
+        rest = source.read()
     where = f"{life.name}/{file_name(batch.file)} at byte {batch.offset}"
-    if not rest or read_frames(rest[: line_end + 1])[0]:
-        return  # Or it was written meanwhile.
+    line_end = rest.find(b"\n")
+    if read_frames(rest[: line_end + 1])[0]:
+        return  # It was written meanwhile.
     if not batch.is_last:
-        raise SpoolDamaged(f"{where}: a later file follows what is no frame")
+        raise SpoolDamaged(f"{where}: sound frames follow what is no frame")
     if line_end >= 0 and not is_over:
         raise SpoolDamaged(f"{where}: a line that does not check")
     while line_end >= 0:

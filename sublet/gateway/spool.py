@@ -67,6 +67,7 @@ class Spool:
         self._bell.acquire()
         self._is_idle = False
         self._is_ending = False
+        self._last_group = 0
         self._file = 1
         self._offset = 0
         self._fd = -1
@@ -158,8 +159,11 @@ class Spool:
                         return
                     self._bell.acquire()
                 self._is_idle = False
-            if not self._ack and not self._is_ending:
-                time.sleep(LAZY_SECONDS)
+            if not self._is_ending:
+                if not self._ack:
+                    time.sleep(LAZY_SECONDS)
+                elif self._last_group >= BUSY_GROUP:
+                    time.sleep(GATHER_SECONDS)
             # By count: what is appended meanwhile stays for the next group.
             entries = [self._entries.popleft() for _ in range(len(self._entries))]
             self._last_group = len(entries)

@@ -365,26 +365,21 @@ class Gateway:
 
     def gauge(self) -> Gauge:
         file, offset = self.spool.position
-        in_flight: dict[str, int] = {}
-        ejected = []
         now_ns = read_boot_ns()
-        # One that leaves is reported until it is empty: its end waits for that.
-        for replica in (*self.routes.leaving, *self.routes.replicas.values()):
-            in_flight[replica.id] = replica.inflight
-            if replica.out_until_ns > now_ns:
-                ejected.append(replica.id)
+        replicas = self.routes.replicas.values()
         return Gauge(
             gateway=self.name,
             epoch=self.epoch,
             snapshot=self.routes.number,
             is_cut_off=not self.control.is_connected,
-            in_flight=in_flight,
+            # One that leaves is reported until it is empty: its end waits for that.
+            in_flight=self.routes.in_flight(),
             waiting={m.name: len(m.waiting) for m in self.routes.models.values() if m.waiting},
             refusals=dict(self.refusals),
             requests=self.requests,
             spool_file=file,
             spool_offset=offset,
-            ejected=tuple(ejected),
+            ejected=tuple(r.id for r in replicas if r.out_until_ns > now_ns),
             latency_us={name: tuple(counts) for name, counts in self.latency.items()},
         )
 

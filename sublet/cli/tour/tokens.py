@@ -189,18 +189,17 @@ class Models:
         tour.begin("No stranger's shell beside sealed weights")
         replica = self._ready(SEALED)
         quote = self.consumer.quotes.create(rest.QuoteCreate(offer_id=self.scene.spot.id))
-        refused = _code(
-            lambda: self.consumer.instances.create(
-                rest.InstanceCreate(
-                    name="too-near", quote_id=quote.id, ssh_keys=[tour.visitor.public_key]
-                )
-            )
-        )
+        answer, near = self._knock(quote.id)
+        holder = None if replica is None else replica.id
+        stands = any(d.holder == holder for d in tour.owner.devices.list())
+        is_beside = near is not None and stands and self._is_running(near)
         tour.promise(
-            "while they are served, an instance on their node is refused",
-            refused,
-            refused == "sealed_node",
+            "while they are served, no instance comes to their node",
+            "ONE RUNS THERE" if is_beside else answer,
+            not is_beside,
         )
+        if near is not None:
+            self.consumer.instances.terminate(near)
         self._retire(SEALED)
         holders = {device.holder for device in tour.owner.devices.list()}
         is_gone = replica is None or replica.id not in holders
@@ -209,6 +208,22 @@ class Models:
             "the device is free" if is_gone else "STILL HELD",
             is_gone,
         )
+
+    def _knock(self, quote_id: str) -> tuple[str, str | None]:
+        """Ask for an instance there: refused, or admitted for when the node is empty."""
+        body = rest.InstanceCreate(
+            name="near", quote_id=quote_id, ssh_keys=[self.tour.visitor.public_key]
+        )
+        try:
+            made = self.consumer.instances.create(body)
+        except ApiError as error:
+            if error.code != "sealed_node":
+                raise
+            return f"refused: {error.code}, earliest {error.details.get('earliest_at')}", None
+        return "admitted, but not started before they have left", made.id
+
+    def _is_running(self, instance_id: str) -> bool:
+        return self.consumer.instances.get(instance_id).state == "running"
 
     def _retire(self, name: str) -> None:
         deployment = self.deployed.pop(name)

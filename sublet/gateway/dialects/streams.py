@@ -108,8 +108,3 @@ def splice_first(events: bytes, tier: str) -> bytes:
         return events
     rest = events[at + 7 :].replace(NO_TIER, b"", 1)
     return b'%bdata: {"service_tier":"%b",%b' % (events[:at], tier.encode(), rest)
-
-
-MESSAGE = b'"message":{'
-CHOICES = b'"choices":[{'
-NO_CALLS = b',"tool_calls":[]'

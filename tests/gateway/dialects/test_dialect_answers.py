@@ -69,8 +69,10 @@ def test_a_chat_answer_has_what_sdks_expect(read: Read) -> None:
 def test_the_text_of_an_answer_is_the_engines(read: Read, text: str) -> None:
     raw = altered(CHAT, {"content": text})
     for p in (read("chat"), read("chat", tools=[TOOL])):
-        body, _ = p.reply(raw, "default")
-        assert orjson.loads(body)["choices"][0]["message"]["content"] == text
+        for calls in ({}, {"tool_calls": []}, {"tool_calls": None}):
+            body, _ = p.reply(altered(raw, calls), "default")
+            message = orjson.loads(body)["choices"][0]["message"]
+            assert (message["content"], "tool_calls" in message) == (text, False)
 
 
 def test_g7_an_answer_with_calls_says_so(read: Read) -> None:

@@ -17,8 +17,8 @@ import pytest
 from bench.gateway.alone import Alone, Caller, a_route
 from sublet.base.wire.gateway import ReplicaRoute
 from sublet.shops.models.servers import unix
+from tests.gateway.mock_server import mock_process
 
-from ..mock_server import mock_process
 from .wire import KEY, SMUGGLED, Answer, Chat, Wire
 
 BODY_LIMIT = 1 << 20

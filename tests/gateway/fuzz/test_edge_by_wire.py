@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from .conftest import BODY_LIMIT, Target
 from .defects import DEFECTS, ENDS_THE_CONNECTION
-from .wire import Chat, Wire, chat_body, cut, write
+from .wire import Chat, Wire, cut, write
 
 EXAMPLES = 60
 PLACES = st.lists(st.integers(0, 1 << 16), max_size=12)
@@ -77,8 +77,7 @@ def test_what_is_not_lawful_ends_the_line(
         assert (answer.status, answer.words) == (200, chat.words)
     if len(answers) > len(before):
         assert 400 <= answers[len(before)].status < 600, name
-    for answer in answers[len(before) + 1 :]:
-        assert name not in ENDS_THE_CONNECTION, name
+    assert len(answers) <= len(before) + 1 or name not in ENDS_THE_CONNECTION, name
     target.check()
 
 
@@ -217,7 +216,8 @@ def test_trailers_change_nothing(target: Target) -> None:
             answer = wire.answer()
             # Served as if they were not there, or refused aloud.
             assert answer is not None, trailers[:40]
-            assert answer.status == 200 and answer.words == 3 or 400 <= answer.status < 500
+            assert answer.status == 200 or 400 <= answer.status < 500
+            assert answer.status != 200 or answer.words == 3
     target.check()
 
 

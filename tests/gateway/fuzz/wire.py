@@ -59,6 +59,11 @@ class Wire:
             for piece in pieces:
                 self.socket.sendall(piece)
 
+    def half_close(self) -> None:
+        """Nothing more is sent; what comes is still read."""
+        with contextlib.suppress(OSError):  # The other side has closed all of it.
+            self.socket.shutdown(socket.SHUT_WR)
+
     def abort(self) -> None:
         """A reset, not an end."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -102,10 +107,10 @@ class Wire:
             return Answer(status, headers, self._exactly(int(headers["content-length"])))
         if headers.get("connection") != "close":
             raise Malformed("no framing")
-        body = b""
+        body, self._read = self._read, b""
         while data := self._more():
             body += data
-        return Answer(status, headers, self._read + body)
+        return Answer(status, headers, body)
 
     def is_closed(self) -> bool:
         """Nothing more comes."""
