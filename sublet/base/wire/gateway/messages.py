@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from typing import Any, Self, TypeVar
 
 import orjson
@@ -285,8 +286,15 @@ def _read(kind: type[_T], data: bytes) -> _T:
     return made
 
 
+@cache
+def _names(kind: Any) -> frozenset[str]:
+    return frozenset(field.name for field in dataclasses.fields(kind))
+
+
 def _make(kind: Any, values: Any) -> Any:
-    known = {f.name for f in dataclasses.fields(kind)}
+    known = _names(kind)
+    if values.keys() <= known:
+        return kind(**values)
     return kind(**{name: value for name, value in values.items() if name in known})
 
 
