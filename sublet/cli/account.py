@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -49,6 +49,13 @@ def add_to(app: typer.Typer) -> None:
         name="create",
     )(create_key)
     command(keys, "sublet keys revoke key_…", name="revoke")(revoke_key)
+    command(
+        app,
+        "sublet limits prj_… --tokens-per-minute 100000 --tokens-per-day 5000000",
+        "sublet limits org_… --model smollm2-135m-instruct",
+        panel=PEOPLE,
+        name="limits",
+    )(set_limits)
     command(projects, "sublet projects list", name="list")(list_projects)
     command(projects, "sublet projects create training", name="create")(create_project)
     command(members, "sublet members list", name="list")(list_members)
@@ -156,6 +163,61 @@ def list_keys(as_json: Json = False) -> None:
     table(("id", "name", "begins", "role", "project", "expires", "revoked"), rows)
 
 
+RequestsAMinute = Annotated[
+    int | None, typer.Option("--requests-per-minute", min=1, help="To models, at most.")
+]
+TokensAMinute = Annotated[int | None, typer.Option("--tokens-per-minute", min=1, help="At most.")]
+TokensADay = Annotated[
+    int | None, typer.Option("--tokens-per-day", min=1, help="At most, by UTC days.")
+]
+ModelNames = Annotated[
+    list[str] | None, typer.Option("--model", help="Only this model; may be repeated.")
+]
+
+
+def _limits(
+    requests: int | None, tokens: int | None, daily: int | None, models: list[str] | None
+) -> dict[str, Any]:
+    found = {
+        "requests_per_minute": requests,
+        "tokens_per_minute": tokens,
+        "tokens_per_day": daily,
+        "models": models,
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def set_limits(
+    scope: Annotated[
+        str, typer.Argument(metavar="SCOPE", help="Id of an organisation or project.")
+    ],
+    requests: RequestsAMinute = None,
+    tokens: TokensAMinute = None,
+    daily: TokensADay = None,
+    models: ModelNames = None,
+    as_json: Json = False,
+) -> None:
+    """Say what an organisation or project may ask of models; what is left out is no limit."""
+    from sublet.base.wire import rest as shapes
+
+    kind = "project" if scope.startswith("prj_") else "organisation"
+    body = shapes.LimitsPut.model_validate(_limits(requests, tokens, daily, models))
+    with client() as cloud:
+        found = cloud.limits.set(kind, scope, body)
+    if as_json:
+        show_json(found)
+        return
+    facts(
+        [
+            (kind, scope),
+            ("requests a minute", found.requests_per_minute or "no limit of its own"),
+            ("tokens a minute", found.tokens_per_minute or "no limit of its own"),
+            ("tokens a day", found.tokens_per_day or "no limit of its own"),
+            ("models", ", ".join(found.models) if found.models else "all"),
+        ]
+    )
+
+
 def create_key(
     name: Annotated[str, typer.Option("--name", help="What it is for.")],
     role: Annotated[str | None, typer.Option("--role", help="admin, member or viewer.")] = None,
@@ -166,12 +228,23 @@ def create_key(
     expires: Annotated[
         str | None, typer.Option("--expires", help="A time, or from now such as 30d.")
     ] = None,
+    max_devices: Annotated[
+        int | None, typer.Option("--max-devices", min=0, help="Held at once, at most.")
+    ] = None,
+    requests: RequestsAMinute = None,
+    tokens: TokensAMinute = None,
+    daily: TokensADay = None,
+    models: ModelNames = None,
     as_json: Json = False,
 ) -> None:
     """Make a key. Its secret is shown this once."""
     from sublet.base.wire import rest as shapes
 
+    limits = _limits(requests, tokens, daily, models)
+    if max_devices is not None:
+        limits["max_devices"] = max_devices
     given = {
+        "limits": limits or None,
         "name": name,
         "role": role,
         "project_id": project,
