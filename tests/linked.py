@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import sqlalchemy as sa
 
 from sublet.app.child import ORDERS, Orders
 from sublet.app.clockwork import anchored
@@ -40,6 +41,7 @@ from sublet.base.wire.gateway.spool import file_name
 from sublet.money import billing
 from sublet.money.billing.token_store import list_open
 from sublet.records import ledger, metering, tenancy
+from sublet.records.metering.token_store import tokens as token_rows
 from sublet.shops import models
 from sublet.shops.models import store as model_rows
 from sublet.shops.models.servers import SERVERS
@@ -121,6 +123,11 @@ class LinkedBooks:
     def usage(self) -> list[metering.TokenUsage]:
         with self.store.read() as tx:
             return metering.list_token_usage(tx, limit=1_000_000)
+
+    def count(self) -> int:
+        """Records of usage."""
+        with self.store.read() as tx:
+            return tx.execute(sa.select(sa.func.count()).select_from(token_rows)).scalar_one()
 
     def posted(self, *kinds: str) -> int:
         """Micros of token transfers of these kinds, of the customer."""

@@ -128,6 +128,8 @@ class Cloud:
         self.server = Server()
         self.gateways: dict[str, Gateway] = {"gw-0": Gateway()}
         self.snapshot = Snapshot(number=0, made_us=0, gateways=1, keys={}, limits={}, models={})
+        self.published: dict[int, set[str]] = {}
+        self._stopped: set[str] = set()
         self.compute = compute.ComputeLoop(self.books, self.engine, timedelta(seconds=10))
         self.models = self.loop()
 
@@ -155,6 +157,7 @@ class Cloud:
         allocation_loops.step(self.books, self.now)
         due = self.compute.step(self.now)
         due = min(due, self.models.step(self.now))
+        self._check_stopped()
         self.publish()
         self.gauge()
         return due
@@ -169,6 +172,19 @@ class Cloud:
             self.clock.advance_to(min(max(soon, self.now + TICK), end))
         self.step()
 
+    def _check_stopped(self) -> None:
+        """Who was stopped as drained had nothing in hand, and no gateway that lives may send to it."""
+        for replica in self.replicas("draining"):
+            workload = self.workload(replica)
+            if replica.id in self._stopped or workload.reason is not compute.Reason.DRAINED:
+                continue
+            self._stopped.add(replica.id)
+            for gateway in self.gateways.values():
+                if gateway.is_alive:
+                    assert not gateway.in_flight.get(replica.id), replica
+                    named = self.published.get(gateway.snapshot, set())
+                    assert replica.id not in named, (replica, gateway)
+
     def publish(self) -> None:
         """As the link does: what has not changed keeps its number."""
         with self.books.read() as tx:
@@ -179,6 +195,7 @@ class Cloud:
             number = models.last_snapshot(work.tx) + 1
             self.snapshot = Snapshot(**{**_fields(made), "number": number})
             models.keep_snapshot(work, self.snapshot)
+        self.published[number] = self.named()
 
     def gauge(self) -> None:
         with self.books.work(SYSTEM) as work:

@@ -161,7 +161,8 @@ class Spools:
             shutil.rmtree(life.folder)
             self._closed.remove(life.name)
             return
-        if not may_close:
+        # What is damage in a spool that is written may be the torn end of one that is not.
+        if not may_close and life.name not in self._troubles:
             self._read(life, is_over=False)
             return
         with _taken(life, now, is_last=is_last) as is_over:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO, cast
 
 import structlog
 
@@ -109,9 +111,34 @@ class _Forward(logging.Handler):
         )
 
 
+class _LogFile:
+    """Lines to a file, whole; on a full disk they are lost and counted. Nobody's work may end for
+    what he says of it."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(
+            path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
+        )
+        self._lost = 0
+
+    def write(self, text: str) -> None:
+        if self._lost:
+            told = f'{{"event": "log_lines_lost", "count": {self._lost}, "level": "error"}}\n'
+            text = told + text
+        try:
+            os.write(self._descriptor, text.encode(errors="replace"))
+        except OSError:
+            self._lost += 1
+        else:
+            self._lost = 0
+
+    def flush(self) -> None:
+        """Every line was written already."""
+
+
 def log_to(path: Path, level: str, process: str) -> None:
     """Structured lines, one JSON object each, appended to the log of this installation."""
-    file = path.open("a", buffering=1, encoding="utf-8")
+    file = _LogFile(path)
     logging.basicConfig(handlers=[_Forward()], level=logging.WARNING, force=True)
     structlog.configure(
         processors=[
@@ -122,6 +149,6 @@ def log_to(path: Path, level: str, process: str) -> None:
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.WriteLoggerFactory(file=file),
+        logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, file)),
     )
     structlog.contextvars.bind_contextvars(process=process)

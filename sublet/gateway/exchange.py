@@ -13,22 +13,21 @@ than it looks. The body is parsed once; everything else is cut by byte search.
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import TYPE_CHECKING
 
-import orjson
-
 from sublet.base.kernel.clock import read_boot_ns
-from sublet.base.wire.gateway import Counts, Outcome, normalise
+from sublet.base.wire.gateway import PER_TOKENS, Counts, Outcome, Price, normalise
 from sublet.gateway import errors
-from sublet.gateway.dialects import Events, cut_usage, prepare, splice_first
+from sublet.gateway.dialects import Events, Prepared, cut_usage, prepare, splice_first
 from sublet.gateway.errors import Refusal
-from sublet.gateway.legs import Counting, Legs
+from sublet.gateway.legs import Counting, Legs, request_head
 from sublet.gateway.purse import cost
 from sublet.gateway.upstream import Replica, Upstream, dial
 
 if TYPE_CHECKING:
     from sublet.gateway.edge import Downstream, Request
-    from sublet.gateway.routes import Model
+    from sublet.gateway.routes import Known, Model
     from sublet.gateway.state import Gateway
 
 STEP_TOKENS = 256
@@ -38,61 +37,82 @@ ALLOWANCE_SECONDS = 2.0
 TRIES = 3
 """Attempts before the first byte."""
 CARRY_LIMIT = 8 << 20
-NAMES_KEPT = 4096
+NEVER = 1 << 62
 DONE = b"data: [DONE]\n\n"
 TIMINGS = b',"timings":{'
+USAGE = b'"usage":{'
 PREDICTED = b'"predicted_n":'
-NOTHING = Counts(input_uncached=0, cache_read=0, output=0)
+TOKENS = re.compile(rb'"(?:content|text)":"(?!")')
+"""Text that is not empty. Inside of a text the quotes would be escaped."""
+OUTCOMES = {outcome: outcome.value.encode() for outcome in Outcome}
 
 
 class Exchange:
     """The life of one request that is served by a model."""
 
     __slots__ = (
-        "cap", "carry", "counts", "covered", "down", "events", "first_us", "g", "has_begun",
-        "held", "held_tokens", "is_asking", "is_over", "known", "legs", "limits", "made", "model",
-        "p", "price", "replica", "request", "rid", "soft", "started_us", "status", "tail", "tier",
-        "timer", "tries", "up", "wrote_ns",
+        "cap", "carry", "charged", "counts", "covered", "down", "events", "first_us", "g",
+        "has_begun", "held", "held_tokens", "is_asking", "is_over", "is_starved", "known", "legs",
+        "limits", "made", "model", "p", "price", "replica", "request", "rid", "soft", "started_us",
+        "status", "tail", "tier", "timer", "tries", "up", "wrote_ns",
     )  # fmt: skip
+
+    # Set as admission goes on: what is refused before has none of them.
+    known: Known
+    p: Prepared
+    price: Price
+    tier: str
+    cap: int
+    """Output tokens of each choice, as the engine is told."""
+    soft: int
+    """Tokens made at which more is held."""
 
     def __init__(self, g: Gateway, down: Downstream, request: Request) -> None:
         self.g = g
         self.down = down
         self.request = request
         self.rid = g.next_id()
-        self.started_us = g.now_us()
+        self.model: Model | None = None
         self.up: Upstream | None = None
         self.replica: Replica | None = None
         self.timer: asyncio.TimerHandle | None = None
+        """Of the wait for an allowance, or of the wait in a queue."""
         self.events: Events | None = None
         self.legs: Legs | Counting | None = None
         self.counts: Counts | None = None
         self.first_us: int | None = None
         self.tries: tuple[Replica, ...] = ()
         self.carry = self.limits = self.tail = b""
-        self.held = self.held_tokens = self.covered = self.made = self.status = self.wrote_ns = 0
-        self.has_begun = self.is_over = self.is_asking = False
+        self.held = self.held_tokens = self.charged = self.covered = 0
+        self.made = self.status = self.wrote_ns = self.started_us = 0
+        self.has_begun = self.is_over = self.is_asking = self.is_starved = False
 
     # ---- admission -------------------------------------------------------------------------
 
     def start(self) -> None:
         """Decide, hold, forward. Every refusal is known before the first byte."""
         g, request = self.g, self.request
+        now_ns = read_boot_ns()
+        self.started_us = g.offset_us + now_ns // 1000
         try:
-            known = self.known = g.identify(request)
-            g.take_request(known)
+            known = self.known = g.identify(request, now_ns)
+            g.take_request(known, now_ns)
             p = self.p = prepare(request.surface, request.body, g.routes.models)
             request.body = b""
-            self.model = g.routes.models[p.route.name]
-            g.check_model(known, p)
-            self.tier = p.tier
-            self.price = p.route.prices[p.tier]
+            route = p.route
+            tier = self.tier = p.tier
+            if known.models is not None or tier not in route.prices:
+                g.check_model(known, p)
+            self.price = route.prices[tier]
             self.cap = p.cap
-            self.limits = g.charge(known, p.input_estimate + p.cap * p.n)
+            charged = p.input_estimate + p.cap * p.n
+            self.limits = g.charge(known, charged, now_ns)
+            self.charged = charged
+            self.model = g.routes.models[route.name]
         except Refusal as refusal:
             self.refuse(refusal)
             return
-        if self._take(self._first_step()):
+        if self._take(self._first_step(), now_ns):
             self._place()
         else:
             self._ask()
@@ -100,34 +120,38 @@ class Exchange:
     def _first_step(self) -> int:
         """All of it for an answer in one piece; a step of it for a stream."""
         output = self.cap * self.p.n
-        return STEP_TOKENS if self.p.stream and output > STEP_TOKENS else output
+        return STEP_TOKENS if output > STEP_TOKENS and self.p.stream else output
 
-    def _take(self, output: int) -> bool:
-        """Hold the input and so much output, in place of what is held."""
+    def _take(self, output: int, begins_ns: int = 0) -> bool:
+        """Hold the input and so much output, in place of what is held.
+
+        `begins_ns`: now, for a request that begins; what runs goes on past an allowance's end.
+        """
         p, purse = self.p, self.known.purse
         micros = cost(self.price, p.input_estimate, 0, output)
         tokens = p.input_estimate + output
-        if not purse.take(micros - self.held, tokens - self.held_tokens):
+        if not purse.take(micros - self.held, tokens - self.held_tokens, begins_ns):
             return False
         self.held = micros
         self.held_tokens = tokens
         self.covered = output
         self.soft = output - (STEP_TOKENS >> 1) if output < self.cap * p.n else output
-        self.g.ask_ahead(self.known)
+        ask = purse.want(0, 0, begins_ns or read_boot_ns())
+        if ask is not None:
+            self.g.control.ask(ask)
         return True
 
     def _ask(self) -> None:
         """The purse is too small: ask for more, and wait a moment for the answer."""
-        p = self.p
-        output = self._first_step()
         self.is_asking = True
         self.timer = self.g.loop.call_later(ALLOWANCE_SECONDS, self._unanswered)
-        self.g.ask(
-            self.known,
-            self,
-            cost(self.price, p.input_estimate, 0, output) - self.held,
-            p.input_estimate + output - self.held_tokens,
-        )
+        self.g.ask(self.known, self, *self._lacking(self._first_step()))
+
+    def _lacking(self, output: int) -> tuple[int, int]:
+        """Micros and tokens that are to be held for so much output, beyond what is."""
+        p = self.p
+        micros = cost(self.price, p.input_estimate, 0, output) - self.held
+        return micros, p.input_estimate + output - self.held_tokens
 
     def allowance_came(self) -> None:
         """The purse has changed: take what is needed, or what there is, or say why not."""
@@ -136,57 +160,65 @@ class Exchange:
         if self.replica is not None:
             self._topped_up()
             return
-        if not self._take(self._first_step()):
+        now_ns = read_boot_ns()
+        output = self._first_step()
+        if not self._take(output, now_ns):
             purse = self.known.purse
             if purse.denied is None:
-                return  # The timer decides.
-            output = self._affordable()
-            if (output < self.p.n and self.cap > 0) or not self._take(output):
-                self._stop_asking()
+                # Less than was asked for, and not the last word: there may be more.
+                self.g.want(self.known, *self._lacking(output))
+                return
+            output = self._affordable(output)
+            if (output < self.p.n and self.cap > 0) or not self._take(output, now_ns):
                 self.refuse(self.g.denial(purse))
                 return
-            if not self.p.stream:
-                self.cap = output // self.p.n
-        self._stop_asking()
+            # The engine is not asked for more than the account affords.
+            self.cap = output // self.p.n
+        self.stop_waiting()
         self._place()
 
-    def _affordable(self) -> int:
-        """Output tokens that what is left pays for after the input, in whole choices."""
+    def _affordable(self, most: int) -> int:
+        """Output tokens, in whole choices, for which what is held and what is left pay."""
         p, purse = self.p, self.known.purse
-        left = purse.left - cost(self.price, p.input_estimate, 0, 0)
+        left = purse.left + self.held - cost(self.price, p.input_estimate, 0, 0)
         if left < 0:
             return 0
-        output = self._first_step()
+        output = most
         if self.price.output_micros:
-            output = min(output, left * 1_000_000 // self.price.output_micros)
+            output = min(output, left * PER_TOKENS // self.price.output_micros)
         left_tokens = purse.left_tokens
         if left_tokens is not None:
-            output = min(output, left_tokens - p.input_estimate)
+            output = min(output, left_tokens + self.held_tokens - p.input_estimate)
         return max(output // p.n * p.n, 0)
 
     def _unanswered(self) -> None:
+        """Nobody said in time whether there is more."""
         self.timer = None
-        if self.replica is not None:
-            self.is_asking = False
-            return
-        self.g.stop_asking(self.known, self)
-        self.is_asking = False
-        self.refuse(self.g.denial(self.known.purse))
+        if self.replica is None:
+            self.refuse(self.g.denial(self.known.purse))
+        else:
+            self._exhausted()
 
-    def _stop_asking(self) -> None:
-        self.is_asking = False
+    def stop_waiting(self) -> None:
+        """For an allowance, or in the queue: whatever it was, it is over."""
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
-        self.g.stop_asking(self.known, self)
+        if self.is_asking:
+            self.is_asking = False
+            self.g.stop_asking(self.known, self)
+        elif self.replica is None and self.model is not None:
+            self.g.forget(self.model, self)
 
     # ---- to a replica ----------------------------------------------------------------------
 
     def _place(self) -> None:
         """The least busy replica; none free: the model's queue."""
-        replica = self.g.pick(self.model, self.tier)
+        model = self.model
+        assert model is not None
+        replica = self.g.pick(model, self.tier)
         if replica is None:
-            self.g.enqueue(self.model, self)
+            self.g.enqueue(model, self)
         else:
             self.placed(replica)
 
@@ -194,11 +226,15 @@ class Exchange:
         """A slot is ours: forward on a connection that is there, or on a new one."""
         self.replica = replica
         replica.inflight += 1
-        self.wrote_ns = self.g.second_ns
-        self.g.open[self] = None
-        if self.p.needs_count:
-            self.p.needs_count = False
+        g = self.g
+        self.wrote_ns = g.second_ns
+        g.open[self] = None
+        p = self.p
+        if p.needs_count:
+            p.needs_count = False
             self.legs = Counting(self, replica)
+        elif p.legs == 1 and replica.idle and not self.tries:
+            self._forward(replica.idle.popitem()[0])
         else:
             self.send()
 
@@ -208,15 +244,23 @@ class Exchange:
         assert replica is not None
         if self.p.legs > 1:
             self.legs = Legs(self, replica, self.p.legs)
-        elif replica.idle:
-            self._forward(replica.idle.popitem()[0])
         else:
-            self.g.spawn(self._dial(replica))
+            up = self.idle_connection(replica)
+            if up is not None:
+                self._forward(up)
+            else:
+                self.g.spawn(self._dial(replica))
+
+    def idle_connection(self, replica: Replica) -> Upstream | None:
+        """One from the pool; none where it was tried before, since all of them may be stale."""
+        if not replica.idle or replica in self.tries:
+            return None
+        return replica.idle.popitem()[0]
 
     async def _dial(self, replica: Replica) -> None:
         try:
             up = await dial(replica)
-        except (OSError, TimeoutError):
+        except (OSError, TimeoutError, ValueError):
             replica.failed(read_boot_ns())
             if not self.is_over:
                 self._again("no connection")
@@ -228,27 +272,31 @@ class Exchange:
 
     def _forward(self, up: Upstream) -> None:
         self.up = up
-        body = self.p.render(self.cap)
-        up.send(
-            self,
-            b"POST %b HTTP/1.1\r\nhost: replica\r\ncontent-type: application/json\r\n"
-            b"x-request-id: %b\r\ncontent-length: %d\r\n\r\n%b"
-            % (self.p.path, self.rid, len(body), body),
-        )
+        p = self.p
+        body = p.render(self.cap)
+        # One write, so one packet; large bodies are not copied for it.
+        up.send(self, request_head(p.path, self.rid, len(body)), body)
 
-    def _again(self, why: str) -> None:
-        """Before the first byte: another replica, or a fresh connection to the same one."""
-        replica = self.replica
+    def _again(self, why: str, *, is_stale: bool = False) -> None:
+        """Before the first byte: another replica, or where the connection may just have come to its
+        idle end, a new one to the same."""
+        replica, model = self.replica, self.model
         assert replica is not None
-        self._leave()
+        assert model is not None
         self.up = self.legs = None
+        self.carry = b""
+        self.status = 0
         self.tries = (*self.tries, replica)
+        self._leave()
         if len(self.tries) < TRIES:
-            other = self.g.pick(self.model, self.tier, self.tries)
-            if other is None and self.tries.count(replica) < 2:
-                other = self.g.pick(self.model, self.tier)
+            other = self.g.pick(model, self.tier, self.tries)
+            if other is None and is_stale and not replica.is_leaving:
+                other = replica
             if other is not None:
                 self.placed(other)
+                return
+            if self.g.has_other(model, self.tries):
+                self.g.enqueue(model, self)
                 return
         self.refuse(
             Refusal(
@@ -256,17 +304,19 @@ class Exchange:
                 "no_replica",
                 f"No model server could answer this ({why}): try again.",
                 retry_after_s=2,
-            ),
-            Outcome.FAILED,
+            )
         )
 
     def _leave(self) -> None:
-        replica, self.replica = self.replica, None
+        replica = self.replica
         if replica is not None:
+            self.replica = None
             replica.inflight -= 1
-            self.g.open.pop(self, None)
-            if self.model.waiting or replica.is_leaving:
-                self.g.slot_free(self.model, replica)
+            del self.g.open[self]
+            model = self.model
+            if replica.is_leaving or (model is not None and model.waiting):
+                assert model is not None
+                self.g.slot_free(model, replica)
 
     # ---- what the engine says: `upstream.Reader` ----------------------------------------------
 
@@ -280,73 +330,65 @@ class Exchange:
         if self.status:
             self.refused(self.status, body)
         elif self.p.stream:
-            self.cut(Outcome.INTERRUPTED, "The model server ended the stream before its end.")
+            self.interrupted("the model server ended it before its end")
         else:
-            self._reply(body)
+            try:
+                answer, counts = self.p.reply(body, self.tier)
+            except ValueError:
+                self._again("its answer could not be read")
+                return
+            self.answer(answer, counts)
 
     def lost(self, up: Upstream, why: str) -> None:
         self.up = None
-        if self.first_us is not None:
-            self.cut(Outcome.INTERRUPTED, f"The stream was interrupted: {why}.")
-            return
-        # A connection that was used before may just have come to its idle end.
-        if up.uses < 2 and self.replica is not None:
+        is_stale = up.uses > 1
+        if not is_stale and self.replica is not None:
             self.replica.failed(read_boot_ns())
-        self._again(why)
+        self.interrupted(why, is_stale=is_stale)
 
-    def legs_failed(self, why: str) -> None:
+    def interrupted(self, why: str, *, is_stale: bool = False) -> None:
+        """The engine's answer broke off: before its first byte, or after it."""
         if self.first_us is None:
-            self._again(why)
+            self._again(why, is_stale=is_stale)
         else:
             self.cut(Outcome.INTERRUPTED, f"The stream was interrupted: {why}.")
 
     def refused(self, status: int, body: bytes) -> None:
         """The engine answered with an error, or with another kind of answer than was asked."""
-        self.status = 0
         if (status >= 500 and status != 501) or status == 200:
             self._again(f"it answered {status}")
         else:
-            self.refuse(self.p.refusal(status, body), Outcome.FAILED)
-
-    def _reply(self, raw: bytes) -> None:
-        try:
-            body, counts = self.p.reply(raw, self.tier)
-        except ValueError:
-            self._again("its answer could not be read")
-            return
-        self.answer(body, counts)
+            self.refuse(self.p.refusal(status, body))
 
     def answer(self, body: bytes, counts: Counts) -> None:
         """A whole answer: settled now, sent once its row is on disk."""
-        self.first_us = self.g.now_us()
+        g = self.g
+        now_us = self.first_us = g.offset_us + read_boot_ns() // 1000
         self.counts = counts
         self.made = counts.output
-        self.tail = b"%bcontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (
-            self._head(),
+        self.tail = b"%b%b\r\n%b%b%b%d\r\n\r\n%b" % (
+            g.ok,
+            self.rid,
+            self.down.connection,
+            self.limits,
+            g.served_by(self.p.route, self.tier)[0],
             len(body),
             body,
         )
-        self._settle(Outcome.OK)
+        self._settle(Outcome.OK, now_us)
 
     def streamed(self, data: bytes) -> None:
         """A read of the engine's stream: whole events go on, the rest waits for the next read."""
         if self.carry:
             data = self.carry + data
             self.carry = b""
-        if data[-2:] != b"\n\n":
-            end = data.rfind(b"\n\n") + 2
-            if end == 1:
-                self.carry = data
-                if len(data) > CARRY_LIMIT:
-                    self.cut(Outcome.INTERRUPTED, "An event of the model server is too long.")
-                return
-            self.carry = data[end:]
-            data = data[:end]
-        if data[0] == 58 or b"\n:" in data:  # ":", a comment
-            data = without_comments(data)
+        # An event of one line, and no comment, is what nearly all reads are: one search tells.
+        if data.find(10) != len(data) - 2 or data[-1] != 10 or data[0] == 58:
+            data = self._whole(data)
             if not data:
                 return
-        if self.p.is_parsed:
+        p = self.p
+        if p.is_parsed:
             self._rewrite(data)
             return
         if self.first_us is None:
@@ -355,20 +397,38 @@ class Exchange:
         at = data.find(TIMINGS)
         if at >= 0:
             data = self._cut_timings(data, at)
-        elif not self.p.is_counted:
-            self.made += data.count(b"\n\n")
-        if b'"usage":{' in data:
-            data, usage = cut_usage(data, self.p.wants_usage)
+        elif not p.is_counted:
+            # The role's event and the last one are no tokens.
+            self.made += len(TOKENS.findall(data))
+        if USAGE in data:
+            data, usage = cut_usage(data, p.wants_usage)
             if usage is not None:
-                self.counts = normalise(self.p.route.server, usage)
-                self.made = self.counts.output
+                counts = self.counts = normalise(p.route.server, usage)
+                self.made = counts.output
         if data[-14:] == DONE:
             self._finish(data)
-        else:
-            if data:
-                self.write(data)
-            if self.made >= self.soft:
-                self._top_up()
+            return
+        if data:
+            self.write(data)
+        if self.made >= self.soft:
+            self._top_up()
+
+    def _whole(self, data: bytes) -> bytes:
+        """The whole events of a read, without comments. What is left of it is carried over."""
+        end = data.rfind(b"\n\n") + 2
+        if end == 1:
+            end = 0
+        if end < len(data):
+            self.carry = data[end:]
+            if len(self.carry) > CARRY_LIMIT:
+                self.carry = b""
+                self._let_engine_go()
+                self.interrupted("an event of the model server is too long")
+                return b""
+            data = data[:end]
+        if data[:1] == b":" or b"\n:" in data:
+            data = without_comments(data)
+        return data
 
     def _cut_timings(self, data: bytes, at: int) -> bytes:
         """Take each event's own count, and take it out: an object of numbers, so the next `}` ends
@@ -377,23 +437,23 @@ class Exchange:
         begin = 0
         while at >= 0:
             end = data.find(b"}", at) + 1
+            if not end:
+                break
             parts.append(data[begin:at])
-            n = data.find(PREDICTED, at, end)
-            if n >= 0:
-                self.made = int(data[n + 14 : data.find(b",", n, end)])
+            made = _number(data, PREDICTED, at, end)
+            if made is not None:
+                self.made = made
                 if self.counts is None:
-                    self._note_input(data[at + 11 : end])
+                    # The input, for a stream that may be cut before its usage.
+                    self.counts = Counts(
+                        input_uncached=_number(data, b'"prompt_n":', at, end) or 0,
+                        cache_read=_number(data, b'"cache_n":', at, end) or 0,
+                        output=0,
+                    )
             begin = end
             at = data.find(TIMINGS, end)
         parts.append(data[begin:])
         return b"".join(parts)
-
-    def _note_input(self, timings: bytes) -> None:
-        """The input as the engine counts it, for a stream that may be cut before its usage."""
-        found = orjson.loads(timings)
-        self.counts = Counts(
-            input_uncached=found.get("prompt_n", 0), cache_read=found.get("cache_n", 0), output=0
-        )
 
     def _rewrite(self, data: bytes) -> None:
         """The slow path: events are parsed and written anew."""
@@ -406,8 +466,9 @@ class Exchange:
 
     def pass_on(self, events: Events, out: bytes) -> None:
         self.made = events.made
-        if events.counts is not None:
-            self.counts = events.counts
+        counts = events.counts
+        if counts is not None:
+            self.counts = counts
         if events.is_done:
             self._finish(out)
             return
@@ -422,45 +483,61 @@ class Exchange:
         """Hold more before the engine makes it; where there is no more, end with what is paid."""
         most = self.cap * self.p.n
         if self.covered >= most:
-            self.soft = 1 << 62
+            self.soft = NEVER
             return
-        if self._take(min(max(self.covered, self.made) + STEP_TOKENS, most)):
-            return
-        if self.made >= self.covered:
-            self.cut(
-                Outcome.CREDIT_EXHAUSTED,
-                "The credit of this key is used up: add credit to go on.",
-            )
+        wanted = min(max(self.covered, self.made) + STEP_TOKENS, most)
+        if self._take(wanted):
             return
         self.soft = self.covered
+        if self.made >= self.covered and not self.is_starved:
+            # The answer is awaited with the engine held back: it makes little that nobody pays.
+            self.is_starved = True
+            self.hold_back()
+            if self.timer is None:
+                self.timer = self.g.loop.call_later(ALLOWANCE_SECONDS, self._unanswered)
         if not self.is_asking:
-            self._ask_more()
-
-    def _ask_more(self) -> None:
-        self.is_asking = True
-        self.g.ask(
-            self.known,
-            self,
-            cost(self.price, 0, 0, STEP_TOKENS),
-            STEP_TOKENS,
-        )
+            self.is_asking = True
+            self.g.ask(self.known, self, *self._lacking(wanted))
 
     def _topped_up(self) -> None:
-        self.is_asking = False
-        self.g.stop_asking(self.known, self)
-        self._take(min(self.covered + STEP_TOKENS, self.cap * self.p.n))
+        most = self.cap * self.p.n
+        wanted = min(max(self.covered, self.made) + STEP_TOKENS, most)
+        if not self._take(wanted):
+            if self.known.purse.denied is None:
+                self.g.want(self.known, *self._lacking(wanted))
+                return
+            rest = self._affordable(wanted)
+            if rest > self.covered:
+                self._take(rest)
+            if self.made >= self.covered:
+                self._exhausted()
+                return
+            self.soft = self.covered  # To the last token that is paid for.
+        self.stop_waiting()
+        if self.is_starved:
+            self.is_starved = False
+            if not self.down.is_stalled:
+                self.go_on()
+
+    def _exhausted(self) -> None:
+        self.cut(
+            Outcome.CREDIT_EXHAUSTED,
+            "The credit of this key could not be extended in time: try again."
+            if self.known.purse.denied is None
+            else "The credit of this key is used up: add credit to go on.",
+        )
 
     # ---- to the client -----------------------------------------------------------------------
 
     def write(self, data: bytes) -> None:
         """A chunk of whole events, with the head before the first of them."""
-        t = self.down.t
+        down = self.down
+        t = down.t
         if t is None:
             return
         if not self.has_begun:
-            self.has_begun = True
             t.write(self._stream_head() + self._chunk(data))
-        elif self.down.is_chunked:
+        elif down.is_chunked:
             t.write(b"%x\r\n%b\r\n" % (len(data), data))
         else:
             t.write(data)
@@ -469,38 +546,42 @@ class Exchange:
     def _chunk(self, data: bytes) -> bytes:
         return b"%x\r\n%b\r\n" % (len(data), data) if self.down.is_chunked else data
 
-    def hold_back(self, is_stalled: bool) -> None:
+    def hold_back(self) -> None:
         """The client does not keep up: neither does its engine, until it does again."""
-        ups = [self.up] if self.legs is None else self.legs.connections()
-        for up in ups:
+        for up in self._connections():
             if up is not None:
-                if is_stalled:
-                    up.pause()
-                else:
+                up.pause()
+
+    def go_on(self) -> None:
+        if not self.is_starved:
+            for up in self._connections():
+                if up is not None:
                     up.resume()
+
+    def _connections(self) -> list[Upstream | None]:
+        return [self.up] if self.legs is None else self.legs.connections()
 
     def ping(self) -> None:
         """Nothing came for a while: say that the request lives, between events."""
-        if self.p.stream and not self.is_over and self.replica is not None:
+        if (
+            self.p.stream
+            and not self.down.is_stalled
+            and not isinstance(self.legs, Counting)  # It may still be refused.
+        ):
             self.write(self.p.ping)
 
-    def _head(self) -> bytes:
-        g = self.g
-        return b"HTTP/1.1 200 OK\r\n%b%bx-request-id: %b\r\n%b%b" % (
-            g.date,
-            self.down.connection,
-            self.rid,
-            g.served_by(self.p.route, self.tier),
-            self.limits,
-        )
-
     def _stream_head(self) -> bytes:
-        framing = b"transfer-encoding: chunked\r\n\r\n" if self.down.is_chunked else b"\r\n"
-        return (
-            self._head()
-            + b"content-type: text/event-stream\r\ncache-control: no-cache\r\n"
-            + b"x-accel-buffering: no\r\n"
-            + framing
+        self.has_begun = True
+        g, down = self.g, self.down
+        if not down.is_chunked:
+            down.ends_by_close()
+        return b"%b%b\r\n%b%b%b%b" % (
+            g.ok,
+            self.rid,
+            down.connection,
+            self.limits,
+            g.served_by(self.p.route, self.tier)[1],
+            b"transfer-encoding: chunked\r\n\r\n" if down.is_chunked else b"\r\n",
         )
 
     # ---- the end ---------------------------------------------------------------------------
@@ -510,68 +591,76 @@ class Exchange:
         up, self.up = self.up, None
         if up is not None:
             up.let_go()
-        tail = self._chunk(data)
-        if self.down.is_chunked:
-            tail += b"0\r\n\r\n"
-        self.tail = tail if self.has_begun else self._stream_head() + tail
-        self.has_begun = True
-        self._settle(Outcome.OK)
+        self._end(data)
+        self._settle(Outcome.OK, self.g.now_us())
+
+    def _end(self, data: bytes) -> None:
+        """The last bytes of a stream, to be sent when it is settled."""
+        head = b"" if self.has_begun else self._stream_head()
+        end = b"0\r\n\r\n" if self.down.is_chunked else b""
+        self.tail = b"".join((head, self._chunk(data), end))
 
     def cut(self, outcome: Outcome, message: str) -> None:
-        """After the first byte: an error event, no end mark, and the bill so far."""
+        """After the first byte: an error event, no end mark, and the bill so far. Where none has
+        left, a refusal, and no bill."""
         self._let_engine_go()
-        if not self.has_begun and not self.p.stream:
-            self.refuse(Refusal(503, "stream_interrupted", message, retry_after_s=2), outcome)
+        self.stop_waiting()
+        if not self.has_begun:
+            if outcome is Outcome.CREDIT_EXHAUSTED:
+                self.refuse(self.g.denial(self.known.purse))
+            else:
+                self.refuse(Refusal(503, "stream_interrupted", message, retry_after_s=2))
             return
         code = "credit_exhausted" if outcome is Outcome.CREDIT_EXHAUSTED else "stream_interrupted"
         events = self.events or self.p.events(self.tier, self.rid)
-        tail = self._chunk(events.fail(code, message))
-        self.tail = tail if self.has_begun else self._stream_head() + tail
-        if self.down.is_chunked:
-            self.tail += b"0\r\n\r\n"
-        self.has_begun = True
+        self._end(events.fail(code, message))
         self.down.is_last = True
-        self._settle(outcome)
+        self._settle(outcome, self.g.now_us())
 
     def shut(self) -> None:
         """The gateway ends: what cannot be finished is cut, and billed so far."""
+        if self.is_over:
+            return
+        why = "This gateway is being restarted: try again."
+        if self.replica is None:
+            self.refuse(Refusal(503, "unavailable", why, retry_after_s=2))
+        else:
+            self.cut(Outcome.INTERRUPTED, why)
+
+    def fail(self) -> None:
+        """A fault of ours: an error answer or an error event, and nothing billed."""
         if not self.is_over:
-            self.cut(Outcome.INTERRUPTED, "This gateway is being restarted: try again.")
+            self.refuse(Refusal(500, "unavailable", "This gateway made a mistake: try again."))
 
     def client_gone(self) -> None:
         """Nobody listens: the engine stops at once; what it had told of is billed."""
         if self.is_over:
             return
         self._let_engine_go()
-        if self.is_asking:
-            self._stop_asking()
+        self.stop_waiting()
         if self.replica is None:
-            self.g.forget(self.model_or_none(), self)
             self._close_unbilled()
         else:
-            self.tail = b""
-            self._settle(Outcome.CLIENT_GONE)
+            self._settle(Outcome.CLIENT_GONE, self.g.now_us())
 
-    def model_or_none(self) -> Model | None:
-        return getattr(self, "model", None)
-
-    def refuse(self, refusal: Refusal, outcome: Outcome | None = None) -> None:
-        """An error answer in place of the reply. `outcome`: an engine was asked, so there is a row
-        (of nothing billed)."""
+    def refuse(self, refusal: Refusal) -> None:
+        """An error answer in place of the reply. Where an engine was asked there is a row of it, with
+        nothing billed."""
         self._let_engine_go()
+        self.stop_waiting()
         self.g.refused(refusal.code)
         if self.has_begun:
             self.cut(Outcome.FAILED, refusal.message)  # The head left with a keep-alive.
             return
+        if not self.limits and hasattr(self, "known"):
+            self.limits = self.g.limit_headers(self.known, read_boot_ns())
         body = errors.body(self.request.surface, refusal)
-        tail = self.down.error(refusal, body, self.rid, self.limits)
-        if outcome is None:
+        self.tail = self.down.error(refusal, body, self.rid, self.limits)
+        if self.replica is None and not self.tries:
             self._close_unbilled()
-            self.down.answer(self, tail)
-            return
-        self.tail = tail
-        self.counts = NOTHING
-        self._settle(outcome)
+            self.down.answer(self, self.tail)
+        else:
+            self._settle(Outcome.FAILED, self.g.now_us())
 
     def _let_engine_go(self) -> None:
         up, self.up = self.up, None
@@ -583,26 +672,33 @@ class Exchange:
 
     def _close_unbilled(self) -> None:
         self.is_over = True
-        if self.held or self.held_tokens:
+        if self.held_tokens or self.held:
             self.known.purse.settle(self.held, self.held_tokens, 0, 0)
             self.held = self.held_tokens = 0
-        self._leave()
+        if self.charged:
+            self.g.give_back(self.known, self.charged)
 
-    def _settle(self, outcome: Outcome) -> None:
+    def _settle(self, outcome: Outcome, now_us: int) -> None:
         """The bill: what was counted, within what is held. Then its row, then the last bytes."""
         self.is_over = True
-        g, p, purse = self.g, self.p, self.known.purse
+        g, p, known = self.g, self.p, self.known
         replica = self.replica or self.tries[-1]
-        if self.is_asking:
-            self._stop_asking()
-        counts = self.counts or NOTHING
-        uncached, cached = counts.input_uncached, counts.cache_read
+        if self.timer is not None or self.is_asking:
+            self.stop_waiting()
+        counts = self.counts
         output = made = self.made
+        if counts is None:
+            # Whole, and yet without any count of its input: nobody can be asked to pay for that.
+            uncached = cached = 0
+            is_odd = outcome is Outcome.OK
+        else:
+            uncached, cached, _, is_odd = counts
         if outcome is Outcome.FAILED:
             uncached = cached = output = 0
         elif output > self.covered:
             # Several steps came in one read. What cannot be held any more is the owner's loss.
-            self._take(min(output, self.cap * p.n))
+            if not self._take(min(output, self.cap * p.n)):
+                self._take(max(self._affordable(output), self.covered))
             output = min(output, self.covered)
         spent = cost(self.price, uncached, cached, output)
         if spent > self.held:
@@ -611,48 +707,31 @@ class Exchange:
             uncached = min(uncached, p.input_estimate - cached)
             spent = min(cost(self.price, uncached, cached, output), self.held)
         tokens = uncached + cached + output
-        purse.settle(self.held, self.held_tokens, spent, tokens)
+        known.purse.settle(self.held, self.held_tokens, spent, tokens)
         self.held = self.held_tokens = 0
-        g.give_back(self.known, p.input_estimate + p.cap * p.n - tokens)
+        g.give_back(known, self.charged - tokens)
+        first_us = self.first_us
+        if first_us is not None:
+            g.note_latency(p.route.name, first_us - self.started_us)
         row = b'{"id":"%b",%b,"outcome":"%b","started_us":%d,"ended_us":%d,"first_us":%b,"input_uncached":%d,"cache_read":%d,"output":%d,"made":%d,"micros":%d,"is_inconsistent":%b}' % (
             self.rid,
-            self._named(replica),
-            outcome.encode(),
+            g.named(known, self.price, p, replica),
+            OUTCOMES[outcome],
             self.started_us,
-            g.now_us(),
-            b"null" if self.first_us is None else b"%d" % self.first_us,
+            now_us,
+            b"null" if first_us is None else b"%d" % first_us,
             uncached,
             cached,
             output,
             made,
             spent,
-            b"true" if counts.is_inconsistent else b"false",
+            b"true" if is_odd else b"false",
         )  # fmt: skip
         self._leave()
         g.spool.append(row, self._on_disk)
 
     def _on_disk(self) -> None:
         self.down.answer(self, self.tail)
-
-    def _named(self, replica: Replica) -> bytes:
-        """The members of a usage event that name who, what and where: alike for many requests."""
-        key = (self.known.key_id, self.price.version, self.p.surface, replica.id)
-        found = self.g.names.get(key)
-        if found is None:
-            route = self.p.route
-            named = {
-                **self.known.payer,
-                "model": route.name,
-                "deployment_id": route.deployment_id,
-                "replica_id": replica.id,
-                "surface": self.p.surface,
-                "tier": self.tier,
-                "price_version": self.price.version,
-            }
-            if len(self.g.names) >= NAMES_KEPT:
-                self.g.names.clear()
-            found = self.g.names[key] = orjson.dumps(named)[1:-1]
-        return found
 
     def open_row(self) -> bytes:
         """As it stands, for the file of what was open when a gateway died: lost, and free."""
@@ -662,13 +741,24 @@ class Exchange:
             b'"input_uncached":0,"cache_read":0,"output":0,"made":%d,"micros":0}'
             % (
                 self.rid,
-                self._named(self.replica),
+                self.g.named(self.known, self.price, self.p, self.replica),
                 self.started_us,
                 self.g.now_us(),
                 b"null" if self.first_us is None else b"%d" % self.first_us,
                 self.made,
             )
         )
+
+
+def _number(data: bytes, member: bytes, begin: int, end: int) -> int | None:
+    """The whole number that a member of an object of numbers holds."""
+    at = data.find(member, begin, end)
+    if at < 0:
+        return None
+    at += len(member)
+    stop = data.find(b",", at, end)
+    digits = data[at : stop if stop >= 0 else end - 1]
+    return int(digits) if digits.isdigit() else None
 
 
 def without_comments(events: bytes) -> bytes:

@@ -12,6 +12,8 @@ from sublet.base.kernel.clock import read_boot_ns
 from sublet.gateway.errors import Refusal
 from sublet.gateway.upstream import Replica, Upstream, dial
 
+CARRY_LIMIT = 8 << 20
+
 if TYPE_CHECKING:
     from sublet.gateway.exchange import Exchange
 
@@ -61,7 +63,7 @@ class Legs:
         try:
             answer, counts = exchange.p.join(bodies, exchange.tier)
         except ValueError:
-            exchange.legs_failed("its answer could not be read")
+            exchange.interrupted("its answer could not be read")
             return
         exchange.answer(answer, counts)
 
@@ -70,7 +72,7 @@ class Legs:
             return
         self.close()
         self.exchange.legs = None
-        self.exchange.legs_failed(why)
+        self.exchange.interrupted(why)
 
     def refused(self, status: int, body: bytes) -> None:
         self.close()
@@ -106,23 +108,17 @@ class Leg:
 
     async def begin(self) -> None:
         legs = self.legs
-        replica = legs.replica
-        if replica.idle:
-            up = replica.idle.popitem()[0]
-        else:
-            try:
-                up = await dial(replica)
-            except (OSError, TimeoutError):
-                replica.failed(read_boot_ns())
-                legs.failed("no connection")
-                return
+        up = await connect(legs.exchange, legs.replica)
+        if up is None:
+            legs.failed("no connection")
+            return
         if legs.is_over:
             up.close()
             return
         self.up = up
         exchange = legs.exchange
         body = exchange.p.render(exchange.cap, self.index)
-        up.send(self, request(exchange.p.path, exchange.rid, body))
+        up.send(self, request_head(exchange.p.path, exchange.rid, len(body)), body)
 
     def answered(self, up: Upstream, status: int, is_stream: bool) -> None:
         if status != 200 or is_stream is not self.legs.exchange.p.stream:
@@ -133,9 +129,13 @@ class Leg:
         data = self.carry + data
         end = data.rfind(b"\n\n") + 2
         if end == 1:
-            self.carry = data
-            return
+            end = 0
         self.carry = data[end:]
+        if len(self.carry) > CARRY_LIMIT:
+            self.legs.failed("an event of the model server is too long")
+            return
+        if not end:
+            return
         self.legs.streamed(self.index, data[:end])
 
     def ended(self, up: Upstream, body: bytes) -> None:
@@ -168,21 +168,17 @@ class Counting:
         exchange.g.spawn(self._begin())
 
     async def _begin(self) -> None:
-        if self.replica.idle:
-            up = self.replica.idle.popitem()[0]
-        else:
-            try:
-                up = await dial(self.replica)
-            except (OSError, TimeoutError):
-                self.replica.failed(read_boot_ns())
-                self._lost("no connection")
-                return
+        up = await connect(self.exchange, self.replica)
+        if up is None:
+            self._lost("no connection")
+            return
         if self.is_over:
             up.close()
             return
         self.up = up
         p = self.exchange.p
-        up.send(self, request(p.count_path, self.exchange.rid, p.count_body()))
+        body = p.count_body()
+        up.send(self, request_head(p.count_path, self.exchange.rid, len(body)), body)
 
     def close(self) -> None:
         self.is_over = True
@@ -196,7 +192,7 @@ class Counting:
         if not self.is_over:
             self.is_over = True
             self.exchange.legs = None
-            self.exchange.legs_failed(why)
+            self.exchange.interrupted(why)
 
     def answered(self, up: Upstream, status: int, is_stream: bool) -> None:
         self.status = status
@@ -222,9 +218,21 @@ class Counting:
         self._lost(why)
 
 
-def request(path: bytes, rid: bytes, body: bytes) -> bytes:
-    """A whole request to a model server."""
+async def connect(exchange: Exchange, replica: Replica) -> Upstream | None:
+    """A connection from the pool, or a new one; None: the replica cannot be reached."""
+    up = exchange.idle_connection(replica)
+    if up is not None:
+        return up
+    try:
+        return await dial(replica)
+    except (OSError, TimeoutError, ValueError):
+        replica.failed(read_boot_ns())
+        return None
+
+
+def request_head(path: bytes, rid: bytes, length: int) -> bytes:
+    """The head of a request to a model server."""
     return (
         b"POST %b HTTP/1.1\r\nhost: replica\r\ncontent-type: application/json\r\n"
-        b"x-request-id: %b\r\ncontent-length: %d\r\n\r\n%b" % (path, rid, len(body), body)
+        b"x-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (path, rid, length)
     )

@@ -55,8 +55,9 @@ def answer(g: Gateway, request: Request) -> Page:
         return _health(g)
     if path == b"/metrics":
         return Page(kind=TEXT, body=_metrics(g))
-    known = g.identify(request)
-    limits = g.limit_headers(known, read_boot_ns())
+    now_ns = read_boot_ns()
+    known = g.identify(request, now_ns)
+    limits = g.limit_headers(known, now_ns)
     names = g.routes.list_names(known)
     if path == MODELS:
         body = model_list([g.routes.models[name].route for name in names])

@@ -32,6 +32,7 @@ from sublet.gateway.upstream import Replica
 
 ORDERS = "SUBLET_GATEWAY_ORDERS"
 DRAIN_SECONDS = 10.0
+FLUSH_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1
 DESCRIPTORS_AT_MOST = 65_536
 
@@ -86,6 +87,27 @@ async def serve(orders: Orders) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         if orders.parent is None or number is not signal.SIGINT:
             loop.add_signal_handler(number, ended.set)
+    g, keeper, server = await begin(orders)
+    # What lives now lives for ever: the collector need not walk it again and again.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+    if orders.ready_fd is not None:
+        os.write(orders.ready_fd, b"1")
+        os.close(orders.ready_fd)
+    while not ended.is_set():
+        try:
+            await asyncio.wait_for(ended.wait(), 1.0)
+        except TimeoutError:
+            keeper.look()
+            g.sweep()
+    await drain(g, server)
+
+
+async def begin(orders: Orders) -> tuple[Gateway, Keeper, asyncio.Server]:
+    """A gateway that serves. Its caller looks for snapshots and sweeps once a second, and drains it
+    at the end."""
+    loop = asyncio.get_running_loop()
     epoch = micros_since_epoch(SystemClock.unanchored().now())
     g = Gateway(name=orders.name, epoch=epoch, loop=loop)
     g.body_limit = orders.body_limit
@@ -108,36 +130,26 @@ async def serve(orders: Orders) -> None:
     listening = socket.socket(fileno=orders.socket_fd)
     listening.setblocking(False)
     server = await loop.create_server(lambda: Downstream(g), sock=listening, backlog=4096)
-    # What lives now lives for ever: the collector need not walk it again and again.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
-    if orders.ready_fd is not None:
-        os.write(orders.ready_fd, b"1")
-        os.close(orders.ready_fd)
-    while not ended.is_set():
-        try:
-            await asyncio.wait_for(ended.wait(), 1.0)
-        except TimeoutError:
-            keeper.look()
-            g.sweep()
-    await _drain(g, server)
+    return g, keeper, server
 
 
-async def _drain(g: Gateway, server: asyncio.Server) -> None:
+async def drain(g: Gateway, server: asyncio.Server) -> None:
     """No new requests; the open ones have ten seconds; then the last of the spool."""
     g.is_draining = True
     server.close()
+    for connection in list(g.connections):
+        connection.end()
     until = read_boot_ns() + int(DRAIN_SECONDS * 1e9)
-    while g.open and read_boot_ns() < until:
+    while any(connection.exchange for connection in g.connections) and read_boot_ns() < until:
         await asyncio.sleep(0.05)
     for connection in list(g.connections):
-        if connection.exchange is None:
-            connection.close()
-    for exchange in list(g.open):
-        exchange.shut()
+        if connection.exchange is not None:
+            connection.exchange.shut()
     await g.spool.finish()
-    await asyncio.sleep(0)
+    # The last bytes leave before the process does; who does not read them is not waited for.
+    until = read_boot_ns() + int(FLUSH_SECONDS * 1e9)
+    while g.connections and read_boot_ns() < until:
+        await asyncio.sleep(0.01)
     await g.control.stop()
     g.spool.close()
 

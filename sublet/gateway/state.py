@@ -7,9 +7,11 @@ import contextlib
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from sublet.base.kernel.clock import SystemClock, read_boot_ns
 from sublet.base.kernel.interval import micros_since_epoch
-from sublet.base.wire.gateway import Gauge, ModelRoute
+from sublet.base.wire.gateway import Gauge, ModelRoute, Price
 from sublet.gateway.errors import Refusal
 from sublet.gateway.limits import duration
 from sublet.gateway.purse import Purse
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 SILENCE_NS = 15_000_000_000
 """A stream without a byte for so long says that it lives."""
 LATENCY_BUCKETS = 20
+NAMES_KEPT = 4096
+WHOLE = b"content-type: application/json\r\ncontent-length: "
+STREAM = b"content-type: text/event-stream\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 
 
 class Gateway:
@@ -46,17 +51,18 @@ class Gateway:
         self.refusals: dict[str, int] = {}
         self.requests = 0
         self.latency: dict[str, list[int]] = {}
-        self.names: dict[tuple[str, str, str, str], bytes] = {}
-        """Parts of usage events that many have in common."""
-        self.date = b""
+        self.date = self.ok = b""
+        """How every head begins; made anew each second."""
         self.second_ns = read_boot_ns()
         self.fresh_ns = self.second_ns
         """When the routes in force were last known to be the newest."""
         self._prefix = b"req_%x%b" % (epoch, name.encode().replace(b"-", b""))
         self._serial = 0
-        self._offset_us = 0
+        self.offset_us = 0
+        """UTC less the boot clock."""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._served_by: dict[tuple[str, str], bytes] = {}
+        self._served_by: dict[tuple[str, str], tuple[bytes, bytes]] = {}
+        self._names: dict[tuple[str, str, str, str, str], bytes] = {}
         self.is_draining = False
         self._set_clock()
 
@@ -65,11 +71,12 @@ class Gateway:
     def _set_clock(self) -> None:
         """UTC beside the boot clock, read together once a sweep."""
         clock = SystemClock.unanchored()
-        self._offset_us = micros_since_epoch(clock.now()) - read_boot_ns() // 1000
+        self.offset_us = micros_since_epoch(clock.now()) - read_boot_ns() // 1000
         self.date = b"date: %b\r\n" % clock.now().strftime("%a, %d %b %Y %H:%M:%S GMT").encode()
+        self.ok = b"HTTP/1.1 200 OK\r\n%bx-request-id: " % self.date
 
     def now_us(self) -> int:
-        return self._offset_us + read_boot_ns() // 1000
+        return self.offset_us + read_boot_ns() // 1000
 
     def next_id(self) -> bytes:
         """Unique for ever: the epoch is, and the gateway's name beside it."""
@@ -81,21 +88,43 @@ class Gateway:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def served_by(self, route: ModelRoute, tier: str) -> bytes:
-        """The headers that name what answered: tier, deployment, quantization, lifecycle."""
+    def served_by(self, route: ModelRoute, tier: str) -> tuple[bytes, bytes]:
+        """The headers that name what answered (tier, deployment, quantization, lifecycle) and what
+        kind of answer it is: in one piece; as a stream."""
         found = self._served_by.get((route.name, tier))
         if found is None:
             lines = [f"x-sublet-tier: {tier}", f"x-sublet-deployment: {route.deployment_id}"]
             lines.append(f"x-sublet-quantization: {route.quantization}")
             if route.lifecycle != "active":
                 lines.append(f"x-sublet-lifecycle: {route.lifecycle}")
-            found = self._served_by[route.name, tier] = "".join(f"{x}\r\n" for x in lines).encode()
+            head = "".join(f"{line}\r\n" for line in lines).encode()
+            found = self._served_by[route.name, tier] = (head + WHOLE, head + STREAM)
+        return found
+
+    def named(self, known: Known, price: Price, p: Prepared, replica: Replica) -> bytes:
+        """The members of a usage event that name who, what and where: alike for many requests."""
+        key = (known.key_id, price.version, p.tier, p.surface, replica.id)
+        found = self._names.get(key)
+        if found is None:
+            named = {
+                **known.payer,
+                "model": p.route.name,
+                "deployment_id": p.route.deployment_id,
+                "replica_id": replica.id,
+                "surface": p.surface,
+                "tier": p.tier,
+                "price_version": price.version,
+            }
+            if len(self._names) >= NAMES_KEPT:
+                self._names.clear()
+            found = self._names[key] = orjson.dumps(named)[1:-1]
         return found
 
     def adopt(self, routes: Routes) -> None:
         """New routes are in force: who waits for a replica may have one now."""
         self.routes = routes
         self._served_by.clear()
+        self._names.clear()
         for model in routes.models.values():
             for replica in model.replicas:
                 if model.waiting:
@@ -103,21 +132,10 @@ class Gateway:
 
     # ---- who may ---------------------------------------------------------------------------
 
-    def identify(self, request: Request) -> Known:
+    def identify(self, request: Request, now_ns: int) -> Known:
         """Raises Refusal."""
-        now_ns = read_boot_ns()
-        if now_ns - self.fresh_ns > self.stale_ns:
-            raise Refusal(
-                503,
-                "snapshot_stale",
-                "This gateway has not heard from its control plane for too long: try again.",
-                retry_after_s=5,
-            )
-        if self.spool.is_failing or self.is_draining:
-            raise Refusal(
-                503, "unavailable", "This gateway cannot take requests now: try again.",
-                retry_after_s=2,
-            )  # fmt: skip
+        if now_ns - self.fresh_ns > self.stale_ns or self.spool.is_failing or self.is_draining:
+            raise self._unable(now_ns)
         secret = request.secret
         known = self.routes.find_key(secret) if secret else None
         if known is None:
@@ -135,10 +153,33 @@ class Gateway:
             raise self._denied(policy.refused, policy.refused_why, policy.resets_us)
         return known
 
-    def charge(self, known: Known, tokens: int) -> bytes:
-        """One request and so many tokens from every bucket that binds the key; what is left, as
-        headers. Raises Refusal; then nothing was charged."""
-        now_ns = read_boot_ns()
+    def _unable(self, now_ns: int) -> Refusal:
+        if now_ns - self.fresh_ns > self.stale_ns:
+            return Refusal(
+                503,
+                "snapshot_stale",
+                "This gateway has not heard from its control plane for too long: try again.",
+                retry_after_s=5,
+            )
+        return Refusal(
+            503, "unavailable", "This gateway cannot take requests now: try again.",
+            retry_after_s=2,
+        )  # fmt: skip
+
+    def take_request(self, known: Known, now_ns: int) -> None:
+        """One request from every bucket that binds the key, before its body is read."""
+        self.requests += 1
+        for bucket in known.request_buckets:
+            if not bucket.take(1, now_ns):
+                for taken in known.request_buckets:
+                    if taken is bucket:
+                        break
+                    taken.give_back(1)
+                raise self._limited(known, bucket, 1, "requests", now_ns)
+
+    def charge(self, known: Known, tokens: int, now_ns: int) -> bytes:
+        """So many tokens from every bucket that binds the key; what is left, as headers. Raises
+        Refusal; then nothing was charged, the request neither."""
         for bucket in known.token_buckets:
             if not bucket.take(tokens, now_ns):
                 for taken in known.token_buckets:
@@ -149,18 +190,6 @@ class Gateway:
                     taken.give_back(1)
                 raise self._limited(known, bucket, tokens, "tokens", now_ns)
         return self.limit_headers(known, now_ns)
-
-    def take_request(self, known: Known) -> None:
-        """One request from every bucket that binds the key, before its body is read."""
-        self.requests += 1
-        now_ns = read_boot_ns()
-        for bucket in known.request_buckets:
-            if not bucket.take(1, now_ns):
-                for taken in known.request_buckets:
-                    if taken is bucket:
-                        break
-                    taken.give_back(1)
-                raise self._limited(known, bucket, 1, "requests", now_ns)
 
     def _limited(self, known: Known, bucket: Any, amount: int, unit: str, now_ns: int) -> Refusal:
         wait_ns = bucket.wait_ns(amount, now_ns)
@@ -188,7 +217,9 @@ class Gateway:
         r = requests[0] if len(requests) == 1 else _nearest(requests, now_ns)
         t = tokens[0] if len(tokens) == 1 else _nearest(tokens, now_ns)
         if r is None or t is None:
-            return b""
+            # One is limited, the other is not.
+            unit, bucket = (b"tokens", t) if r is None else (b"requests", r)
+            return b"" if bucket is None else _told(unit, bucket, now_ns)
         return (
             b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-remaining-requests: %d\r\n"
             b"x-ratelimit-reset-requests: %b\r\nx-ratelimit-limit-tokens: %d\r\n"
@@ -220,14 +251,22 @@ class Gateway:
 
     def ask(self, known: Known, exchange: Exchange, micros: int, tokens: int) -> None:
         """Ask for a key's credit, and be told when there is an answer (`allowance_came`)."""
-        purse = known.purse
-        purse.waiting.append(exchange)
-        request = purse.want(micros, tokens, read_boot_ns())
-        if request is not None:
-            self.control.ask(request)
-        elif purse.refusal(read_boot_ns()) is not None:
+        known.purse.waiting.append(exchange)
+        if not self.want(known, micros, tokens) and self.is_denied(known):
             # It was denied a moment ago: the same answer, without asking.
             self.loop.call_soon(exchange.allowance_came)
+
+    def want(self, known: Known, micros: int, tokens: int) -> bool:
+        """Ask, if there is reason to: in time for the next ones, or for one that waits."""
+        request = known.purse.want(micros, tokens, read_boot_ns())
+        if request is None:
+            return False
+        self.control.ask(request)
+        return True
+
+    def is_denied(self, known: Known) -> bool:
+        """The control plane has just said that there is no more."""
+        return known.purse.refusal(read_boot_ns()) is not None
 
     def stop_asking(self, known: Known, exchange: Exchange) -> None:
         with contextlib.suppress(ValueError):
@@ -237,12 +276,6 @@ class Gateway:
         """An Allowance came: everyone who waits looks again, in order."""
         for exchange in list(purse.waiting):
             exchange.allowance_came()
-
-    def ask_ahead(self, known: Known) -> None:
-        """A hold was taken: ask for more in time, so that the next ones need not wait."""
-        request = known.purse.want(0, 0, read_boot_ns())
-        if request is not None:
-            self.control.ask(request)
 
     def denial(self, purse: Purse) -> Refusal:
         """Why no more can be held, as the control plane said; or that it says nothing."""
@@ -282,20 +315,31 @@ class Gateway:
                 least = replica.inflight
         return best
 
-    def enqueue(self, model: Model, exchange: Exchange) -> None:
-        """Wait for a slot, up to the route's limit: for a replica to start, too."""
-        route = model.route
-        if len(model.waiting) >= route.queue_length:
-            exchange.refuse(self._overloaded(model))
-            return
-        exchange.timer = self.loop.call_later(
-            route.queue_seconds, self._queue_ended, model, exchange
+    def has_other(self, model: Model, tries: tuple[Replica, ...]) -> bool:
+        """One that was not tried is there, only busy."""
+        now_ns = read_boot_ns()
+        return any(
+            not replica.is_leaving and replica.out_until_ns <= now_ns and replica not in tries
+            for replica in model.replicas
         )
-        model.waiting.append(exchange)
+
+    def enqueue(self, model: Model, exchange: Exchange) -> None:
+        """Wait for a slot, up to the route's limit: for a replica to start, too. Not where there are
+        replicas and none can be reached: that is said at once."""
+        route = model.route
+        if model.replicas and not self.has_other(model, ()):
+            why = f"No model server of {model.name} can be reached: try again."
+            exchange.refuse(Refusal(503, "no_replica", why, retry_after_s=5))
+        elif len(model.waiting) >= route.queue_length:
+            exchange.refuse(self._overloaded(model))
+        else:
+            exchange.timer = self.loop.call_later(
+                route.queue_seconds, self._queue_ended, model, exchange
+            )
+            model.waiting.append(exchange)
 
     def _queue_ended(self, model: Model, exchange: Exchange) -> None:
         exchange.timer = None
-        self.forget(model, exchange)
         exchange.refuse(self._overloaded(model))
 
     def _overloaded(self, model: Model) -> Refusal:
@@ -305,14 +349,10 @@ class Gateway:
         why = f"No model server of {model.name} is ready yet: try again."
         return Refusal(503, "no_replica", why, retry_after_s=5)
 
-    def forget(self, model: Model | None, exchange: Exchange) -> None:
-        """It waits no more."""
-        if exchange.timer is not None:
-            exchange.timer.cancel()
-            exchange.timer = None
-        if model is not None:
-            with contextlib.suppress(ValueError):
-                model.waiting.remove(exchange)
+    def forget(self, model: Model, exchange: Exchange) -> None:
+        """It waits in the queue no more."""
+        with contextlib.suppress(ValueError):
+            model.waiting.remove(exchange)
 
     def slot_free(self, model: Model, replica: Replica) -> None:
         """The first who fits it goes on: default before flex."""
@@ -322,13 +362,15 @@ class Gateway:
                 self.control.report()
             return
         waiting = model.waiting
+        if waiting and replica.out_until_ns and replica.out_until_ns > read_boot_ns():
+            return
         while waiting and replica.inflight < replica.slots:
             chosen = next((x for x in waiting if x.tier != "flex"), None)
             if chosen is None and replica.is_filler:
                 chosen = waiting[0]
             if chosen is None:
                 return
-            self.forget(model, chosen)
+            chosen.stop_waiting()
             chosen.placed(replica)
 
     # ---- once a second ---------------------------------------------------------------------
@@ -338,7 +380,7 @@ class Gateway:
         now_ns = self.second_ns = read_boot_ns()
         self._set_clock()
         for exchange in list(self.open):
-            if now_ns - exchange.wrote_ns > SILENCE_NS:
+            if now_ns - exchange.wrote_ns >= SILENCE_NS:
                 exchange.ping()
         for connection in list(self.connections):
             if connection.overdue(now_ns):
@@ -347,8 +389,7 @@ class Gateway:
             self.control.ask(request)
         for model in self.routes.models.values():
             for replica in model.replicas if model.waiting else ():
-                if not replica.out_until_ns or replica.out_until_ns <= now_ns:
-                    self.slot_free(model, replica)
+                self.slot_free(model, replica)
 
     def refused(self, code: str) -> None:
         self.refusals[code] = self.refusals.get(code, 0) + 1
@@ -386,3 +427,13 @@ class Gateway:
 
 def _nearest(buckets: Any, now_ns: int) -> Any:
     return min(buckets, key=lambda b: b.remaining(now_ns) / b.limit, default=None)
+
+
+def _told(unit: bytes, bucket: Any, now_ns: int) -> bytes:
+    return (
+        b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %d\r\nx-ratelimit-reset-%b: %b\r\n"
+        % (
+            unit, bucket.limit, unit, bucket.remaining(now_ns), unit,
+            duration(bucket.reset_ns(now_ns)),
+        )
+    )  # fmt: skip

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from sublet.base.wire.gateway import ReplicaRoute
+from sublet.gateway.log import say
 
 CONNECT_SECONDS = 2.0
 FAILURES_ALLOWED = 3
@@ -27,7 +28,20 @@ REPLY_LIMIT = 64 << 20
 LONGEST_SOCKET_PATH = 107
 IDLE_AT_MOST = 512
 
+END_SECONDS = 5.0
+"""A reply that has told all it has to is given so long to come to its end."""
+JOINED = 16_384
+"""A body up to here is copied behind its head, for one packet; a larger one is written apart."""
+
 _HEX = frozenset(b"0123456789abcdefABCDEF")
+_SIZES: dict[bytes, int] = {}
+"""Sizes of chunks as they are written: a token's are the same few again and again, and finding one
+is cheaper than reading it."""
+_SIZES_KEPT = 4096
+
+
+# What the next bytes of a connection are.
+IDLE, HEAD, LENGTH, CHUNKS, CLOSED = range(5)
 
 
 class Reader(Protocol):
@@ -95,63 +109,70 @@ class Replica:
 class Upstream(asyncio.Protocol):
     """One connection. `uses` counts requests: a failure on a used one may be its idle end."""
 
-    __slots__ = ("buffer", "is_stream", "left", "parts", "reader", "replica", "state", "t", "uses")
-
-    # What the next bytes are.
-    IDLE, HEAD, LENGTH, CHUNKS, CLOSED = range(5)
+    __slots__ = (
+        "buffer", "is_last", "is_stream", "left", "parts", "reader", "replica", "state", "t", "uses",
+    )  # fmt: skip
 
     def __init__(self, replica: Replica) -> None:
         self.replica = replica
         self.reader: Reader | None = None
         self.t: asyncio.Transport | None = None
-        self.state = self.IDLE
+        self.state = IDLE
         self.buffer = b""
         self.parts: list[bytes] = []
         self.left = 0
-        self.is_stream = False
+        self.is_stream = self.is_last = False
         self.uses = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
         self.t = transport  # type: ignore[assignment]
 
-    def send(self, reader: Reader, request: bytes) -> None:
+    def send(self, reader: Reader, head: bytes, body: bytes) -> None:
         """Begin a request on an idle connection."""
-        assert self.t is not None
+        t = self.t
+        assert t is not None
         self.reader = reader
-        self.state = self.HEAD
-        self.buffer = b""
+        self.state = HEAD
         self.uses += 1
-        self.t.write(request)
+        if len(body) <= JOINED:
+            t.write(head + body)
+        else:
+            t.write(head)
+            t.write(body)
 
     def close(self) -> None:
         """End it now; its reader hears no more of it."""
         self.reader = None
-        self.state = self.CLOSED
+        self.state = CLOSED
         self.replica.idle.pop(self, None)
         if self.t is not None:
             self.t.abort()
 
     def pause(self) -> None:
-        if self.t is not None and self.state != self.CLOSED:
+        if self.t is not None and self.state != CLOSED:
             self.t.pause_reading()
 
     def resume(self) -> None:
-        if self.t is not None and self.state != self.CLOSED:
+        if self.t is not None and self.state != CLOSED:
             self.t.resume_reading()
 
     # ---- what comes ------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
         state = self.state
-        if state == self.CHUNKS:
-            self._chunks(data)
-        elif state == self.HEAD:
-            self._head(data)
-        elif state == self.LENGTH:
-            self._length(data)
-        else:
-            self.close()  # Bytes out of turn: nobody asked.
+        try:
+            if state == CHUNKS:
+                self._chunks(data)
+            elif state == HEAD:
+                self._head(data)
+            elif state == LENGTH:
+                self._length(data)
+            else:
+                self.close()  # Bytes out of turn: nobody asked.
+        except Exception as error:
+            # What a server says must not bring down more than its own answer.
+            say("reply_not_read", error=f"{type(error).__name__}: {error}")
+            self._broken("its answer could not be read")
 
     def eof_received(self) -> None:
         return None
@@ -159,8 +180,8 @@ class Upstream(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.replica.idle.pop(self, None)
         reader, self.reader = self.reader, None
-        was, self.state = self.state, self.CLOSED
-        if reader is not None and was != self.IDLE:
+        was, self.state = self.state, CLOSED
+        if reader is not None and was != IDLE:
             reader.lost(self, "the model server closed the connection")
 
     def _broken(self, why: str) -> None:
@@ -189,20 +210,21 @@ class Upstream(asyncio.Protocol):
             return
         reader = self.reader
         assert reader is not None
-        is_chunked = head.find(b"\r\ntransfer-encoding: chunked") >= 0
-        length = 0
-        if not is_chunked:
-            length = _content_length(head)
-            if length < 0 or length > REPLY_LIMIT:
-                self._broken("the reply has no length")
-                return
+        length = _content_length(head)
+        is_chunked = length < 0 and b"\r\ntransfer-encoding: chunked" in head
+        if not is_chunked and not 0 <= length <= REPLY_LIMIT:
+            self._broken("the reply has no length")
+            return
         # A reply in chunks that is no event stream is collected like one with a length.
-        self.is_stream = is_chunked and head.find(b"\r\ncontent-type: text/event-stream") >= 0
-        self.state = self.CHUNKS if is_chunked else self.LENGTH
-        self.left = length
+        is_stream = is_chunked and b"\r\ncontent-type: text/event-stream" in head
+        self.is_stream = is_stream
+        self.is_last = b"\r\nconnection: close" in head
+        self.state = CHUNKS if is_chunked else LENGTH
+        self.left = length if length > 0 else 0
         self.buffer = b""
-        self.replica.answered()
-        reader.answered(self, int(status), self.is_stream)
+        if self.replica.failures:
+            self.replica.answered()
+        reader.answered(self, int(status), is_stream)
         if self.reader is not reader:
             return  # It has let go of us.
         rest = data[end + 4 :]
@@ -226,6 +248,13 @@ class Upstream(asyncio.Protocol):
         if self.buffer:
             data = self.buffer + data
             self.buffer = b""
+        elif self.is_stream:
+            # A read that is one chunk, as a token's is.
+            line = data.find(b"\r\n", 0, 20)
+            if _SIZES.get(data[:line]) == len(data) - line - 4 and data[-2:] == b"\r\n":
+                if self.reader is not None:
+                    self.reader.streamed(data[line + 2 : -2])
+                return
         at, size = 0, len(data)
         pieces: list[bytes] = []
         is_over = False
@@ -236,13 +265,9 @@ class Upstream(asyncio.Protocol):
                     self._broken("a chunk without its size")
                     return
                 break
-            text = data[at:line]
-            if not text or not _HEX.issuperset(text):
-                self._broken("a chunk without its size")
-                return
-            length = int(text, 16)
-            if length > CHUNK_LIMIT:
-                self._broken("a chunk is too large")
+            length = _chunk_size(data[at:line])
+            if not 0 <= length <= CHUNK_LIMIT:
+                self._broken("a chunk without its size, or too large")
                 return
             end = line + 2 + length
             if end + 2 > size:
@@ -263,8 +288,15 @@ class Upstream(asyncio.Protocol):
             self.buffer = data[at:] if at else data
         if pieces:
             self._take(pieces)
-        if is_over and self.state == self.CHUNKS:
+        if is_over and self.state == CHUNKS:
             self._end(b"".join(self.parts))
+        elif pieces and self.reader is None and self.state == CHUNKS:
+            asyncio.get_running_loop().call_later(END_SECONDS, self._overdue, self.uses)
+
+    def _overdue(self, uses: int) -> None:
+        """A server that does not end its reply must not keep the connection for ever."""
+        if self.uses == uses and self.state == CHUNKS:
+            self.close()
 
     def _take(self, pieces: list[bytes]) -> None:
         if self.is_stream:
@@ -288,21 +320,37 @@ class Upstream(asyncio.Protocol):
 
     def _rest(self) -> None:
         self.reader = None
-        self.state = self.IDLE
-        self.buffer = b""
-        self.parts = []
+        self.state = IDLE
+        if self.buffer:
+            self.buffer = b""
+        if self.parts:
+            self.parts = []
         replica = self.replica
-        if replica.is_leaving or len(replica.idle) >= IDLE_AT_MOST:
+        if replica.is_leaving or self.is_last or len(replica.idle) >= IDLE_AT_MOST:
             self.close()
         else:
             replica.idle[self] = None
+
+
+def _chunk_size(text: bytes) -> int:
+    """-1: it is none."""
+    size = _SIZES.get(text)
+    if size is None:
+        if not text or not _HEX.issuperset(text):
+            return -1
+        size = int(text, 16)
+        if size and len(_SIZES) < _SIZES_KEPT:
+            _SIZES[text] = size
+    return size
 
 
 def _content_length(head: bytes) -> int:
     at = head.find(b"\r\ncontent-length:")
     if at < 0:
         return -1
-    text = head[at + 17 :].split(b"\r", 1)[0].strip()
+    at += 17
+    end = head.find(b"\r", at)
+    text = head[at : end if end >= 0 else len(head)].strip()
     return int(text) if text.isdigit() and len(text) < 12 else -1
 
 

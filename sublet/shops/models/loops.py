@@ -250,6 +250,8 @@ class ModelsLoop:
 
     def _scale(self, deployment: Deployment, now: datetime) -> None:
         with self._books.read() as tx:
+            # Its replicas were just looked after: what failed of them is known by now.
+            deployment = store.get_deployment(tx, deployment.id)
             live = store.list_replicas(tx, deployment_id=deployment.id, states=LIVE)
             model = store.get_model(tx, deployment.model)
             staying = [r for r in live if r.state is not ReplicaState.DRAINING]

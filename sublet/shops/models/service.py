@@ -469,8 +469,9 @@ def last_snapshot(tx: Connection) -> int:
 def is_dropped(tx: Connection, replica_id: str) -> bool:
     """Every gateway that lives acts by a snapshot later than the last that names the replica, so
     that none sends to it, now or later. For one that is draining: it is named in no new one."""
-    named = store.last_naming(tx, replica_id)
-    return all(gateway.snapshot > named for gateway in store.list_gateways(tx) if gateway.is_alive)
+    # What one older than the oldest that is still known names, is not known any more.
+    least = max(store.last_naming(tx, replica_id) + 1, store.oldest_snapshot(tx))
+    return all(gateway.snapshot >= least for gateway in store.list_gateways(tx) if gateway.is_alive)
 
 
 def in_flight(tx: Connection, replica_id: str) -> int:

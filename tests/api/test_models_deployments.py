@@ -1,0 +1,319 @@
+"""Deployments, gateways, token usage and limits over REST."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sublet.base.kernel.interval import micros_since_epoch
+from sublet.base.store import Actor
+from sublet.base.wire import rest
+from sublet.base.wire.gateway import Gauge, Outcome, UsageEvent
+from sublet.records import metering, tenancy
+from sublet.sdk import ApiError
+from sublet.shops import models
+
+MUSE = Path(str(files("sublet.shops.models") / "carried" / "muse-tiny.gguf"))
+SYSTEM = Actor.system("test")
+
+
+def refused(call: Any, status: int, code: str) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        call()
+    assert (caught.value.status, caught.value.code) == (status, code), caught.value
+    return caught.value
+
+
+@pytest.fixture
+def served(world: Any) -> Any:
+    """A world with a model on its catalogue."""
+    world.owner.catalogue.add(
+        rest.ModelCreate(
+            name="m",
+            provider="us",
+            licence="PSF-2.0",
+            path=str(MUSE),
+            quantization="Q8_0",
+            context=512,
+        )
+    )
+    return world
+
+
+# ---- deployments --------------------------------------------------------------------------------
+
+
+def test_a_deployment_is_made_seen_changed_and_retired(served: Any) -> None:
+    owner = served.owner
+    made = owner.deployments.create(
+        rest.DeploymentCreate(model="m", max_replicas=2), idempotency_key="once"
+    )
+    again = owner.deployments.create(
+        rest.DeploymentCreate(model="m", max_replicas=2), idempotency_key="once"
+    )
+    assert again == made
+    assert (made.pool_id, made.state, made.wanted, made.replicas) == (
+        served.pool_id,
+        "active",
+        1,
+        [],
+    )
+    refused(
+        lambda: owner.deployments.create(rest.DeploymentCreate(model="m")),
+        409,
+        "deployment_exists",
+    )
+    loop = models.ModelsLoop(served.store, served.engine)
+    for _ in range(20):
+        loop.step(served.clock.now())
+        served.advance(1, step=1)
+        if owner.deployments.get(made.id).replicas:
+            break
+    loop.close()
+    [replica] = owner.deployments.get(made.id).replicas
+    assert (replica.state, replica.is_filler, replica.in_flight) == ("starting", True, 0)
+    assert list(owner.deployments.replicas(made.id)) == [replica]
+    patch = rest.DeploymentPatch(max_replicas=5, idle_seconds=60)
+    changed = owner.deployments.change(made.id, patch, version=made.version)
+    assert (changed.max_replicas, changed.idle_seconds, changed.version) == (5, 60, 2)
+    refused(lambda: owner.deployments.change(made.id, patch, version=1), 412, "stale_version")
+    owner.deployments.retire(made.id)
+    owner.deployments.retire(made.id)
+    assert owner.deployments.get(made.id).state == "retiring"
+    done = [e.action for e in owner.audit.list() if e.target == made.id and e.result == "ok"]
+    assert done == ["deploy_model", "change_deployment", "retire_deployment", "retire_deployment"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"model": "m", "min_replicas": 3, "max_replicas": 2}, "max_replicas"),
+        ({"model": "m", "max_replicas": 0}, "max_replicas"),
+        ({"model": "m", "drain_seconds": 61}, "drain_seconds"),
+        ({"model": "m", "slots": 0}, "slots"),
+        ({"model": "m", "replicas": 3}, "replicas"),
+        ({}, "model"),
+    ],
+)
+def test_a_wrong_deployment_is_refused_by_its_field(
+    served: Any, body: dict[str, Any], param: str
+) -> None:
+    answer = served.ask("POST", "/v1/deployments", served.owner_secret, body)
+    assert answer.status_code == 422
+    assert answer.json()["error"]["param"] == param
+
+
+def test_a_change_keeps_minimum_and_maximum_in_order(served: Any) -> None:
+    owner = served.owner
+    made = owner.deployments.create(rest.DeploymentCreate(model="m", max_replicas=2))
+    patch = rest.DeploymentPatch(min_replicas=3)
+    error = refused(
+        lambda: owner.deployments.change(made.id, patch, version=1), 422, "invalid_request"
+    )
+    assert error.param == "max_replicas"
+    refused(lambda: owner.deployments.get("dep_none"), 404, "deployment_not_found")
+    refused(
+        lambda: owner.deployments.create(rest.DeploymentCreate(model="none")),
+        404,
+        "model_not_found",
+    )
+    answer = served.ask("PATCH", f"/v1/deployments/{made.id}", served.owner_secret, {"target": 2})
+    assert answer.status_code == 428
+
+
+# ---- gateways -----------------------------------------------------------------------------------
+
+
+def test_gateways_stand_as_they_last_said(served: Any) -> None:
+    owner = served.owner
+    made = owner.deployments.create(rest.DeploymentCreate(model="m"))
+    epoch = micros_since_epoch(served.clock.now())
+    with served.store.work(SYSTEM) as work:
+        models.keep_gauge(
+            work,
+            Gauge(
+                gateway="gw-0",
+                epoch=epoch,
+                snapshot=7,
+                is_cut_off=False,
+                in_flight={"rep_1": 2, "rep_2": 1},
+                waiting={"m": 3},
+                refusals={"rate_limit_exceeded": 4},
+                requests=9,
+                spool_file=0,
+                spool_offset=0,
+                ejected=("rep_2",),
+            ),
+        )
+        models.set_gateways(work, ["gw-0"])
+    [seen] = owner.gateways.list()
+    assert (seen.name, seen.started_at, seen.is_alive) == ("gw-0", served.clock.now(), True)
+    assert (seen.in_flight, seen.waiting, seen.refusals) == (
+        3,
+        {"m": 3},
+        {"rate_limit_exceeded": 4},
+    )
+    assert (seen.requests, seen.ejected, seen.snapshot, seen.newest_snapshot) == (
+        9,
+        ["rep_2"],
+        7,
+        0,
+    )
+    assert owner.deployments.get(made.id).waiting == 3
+
+
+# ---- token usage --------------------------------------------------------------------------------
+
+
+def _used(world: Any, made: rest.SignUp, number: int, *, key_id: str | None = None) -> None:
+    now_us = micros_since_epoch(world.clock.now())
+    with world.store.work(SYSTEM) as work:
+        if number == 1:
+            metering.open_epoch(work, "gw-0", 1)
+        event = UsageEvent(
+            id=f"req_{number}",
+            key_id=key_id or made.key.id,
+            organisation_id=made.organisation.id,
+            project_id=None,
+            is_first_party=False,
+            model="m",
+            deployment_id="dep_1",
+            replica_id="rep_1",
+            surface="chat",
+            tier="default",
+            price_version="v1",
+            outcome=Outcome.OK,
+            started_us=now_us,
+            ended_us=now_us + 5,
+            first_us=now_us + 1,
+            input_uncached=10,
+            cache_read=2,
+            output=3,
+            made=3,
+            micros=1,
+        )
+        metering.ingest(work, gateway="gw-0", epoch=1, events=[event], file=0, offset=number)
+
+
+def test_token_usage_is_ones_own_and_the_owner_reads_anybodys(world: Any) -> None:
+    client, made = world.newcomer()
+    other, _ = world.newcomer("Other")
+    second = client.keys.create(rest.KeyCreate(name="second"))
+    _used(world, made, 1)
+    _used(world, made, 2, key_id=second.id)
+    rows = list(client.token_usage.list())
+    assert [row.id for row in rows] == ["req_1", "req_2"]
+    assert (rows[0].input_uncached, rows[0].cache_read, rows[0].output) == (10, 2, 3)
+    assert rows[0].started_at == world.clock.now()
+    assert [row.id for row in client.token_usage.list(key_id=second.id)] == ["req_2"]
+    assert list(other.token_usage.list()) == []
+    assert list(other.token_usage.list(key_id=second.id)) == []
+    refused(
+        lambda: list(other.token_usage.list(organisation_id=made.organisation.id)),
+        404,
+        "organisation_not_found",
+    )
+    theirs = world.owner.token_usage.list(organisation_id=made.organisation.id)
+    assert [row.id for row in theirs] == ["req_1", "req_2"]
+    first = world.ask("GET", "/v1/token-usage?limit=1", made.secret).json()
+    assert [row["id"] for row in first["data"]] == ["req_1"]
+    after = world.ask("GET", f"/v1/token-usage?after={first['next']}", made.secret).json()
+    assert [row["id"] for row in after["data"]] == ["req_2"]
+
+
+def test_a_key_bound_to_a_project_sees_its_own_requests(world: Any) -> None:
+    client, made = world.newcomer()
+    bound = client.keys.create(rest.KeyCreate(name="p", project_id=made.project.id))
+    _used(world, made, 1)
+    _used(world, made, 2, key_id=bound.id)
+    caller = world.caller(bound.secret)
+    assert [row.id for row in caller.token_usage.list()] == ["req_2"]
+    refused(lambda: list(caller.token_usage.list(key_id=made.key.id)), 404, "key_not_found")
+
+
+# ---- limits -------------------------------------------------------------------------------------
+
+
+def test_a_key_is_made_with_limits_of_tokens_and_models(world: Any) -> None:
+    client, _ = world.newcomer()
+    wanted = {"tokens_per_minute": 500, "tokens_per_day": 9000, "models": ["m", "a"]}
+    made = client.keys.create(
+        rest.KeyCreate(name="k", limits=rest.KeyLimitsBody.model_validate(wanted))
+    )
+    limits = client.keys.get(made.id).limits
+    assert (limits.tokens_per_minute, limits.tokens_per_day) == (500, 9000)
+    assert limits.models == ["a", "m"]
+    assert client.limits.get("key", made.id).models == ["a", "m"]
+    with world.store.read() as tx:
+        found = tenancy.find_valid_key(tx, made.id, world.clock.now())
+    assert found is not None
+    assert found.limits.models == ("a", "m")
+
+
+def test_limits_of_a_project_and_a_key_are_their_admins_to_set(world: Any) -> None:
+    client, made = world.newcomer()
+    other, _ = world.newcomer("Other")
+    for kind, scope_id in (("project", made.project.id), ("key", made.key.id)):
+        body = rest.LimitsPut(requests_per_minute=60, tokens_per_day=1000)
+        put = client.limits.set(kind, scope_id, body)
+        assert put == client.limits.get(kind, scope_id)
+        assert (put.scope_kind, put.requests_per_minute, put.tokens_per_day) == (kind, 60, 1000)
+        cleared = client.limits.set(kind, scope_id, rest.LimitsPut(tokens_per_minute=5))
+        if kind == "project":
+            assert (cleared.requests_per_minute, cleared.tokens_per_minute) == (None, 5)
+        code = f"{kind}_not_found"
+        refused(lambda k=kind, s=scope_id: other.limits.get(k, s), 404, code)
+        refused(lambda k=kind, s=scope_id, b=body: other.limits.set(k, s, b), 404, code)
+    member = world.caller(client.keys.create(rest.KeyCreate(name="m", role="member")).secret)
+    body = rest.LimitsPut()
+    refused(lambda: member.limits.set("project", made.project.id, body), 403, "forbidden")
+    refused(lambda: member.limits.set("key", made.key.id, body), 403, "forbidden")
+
+
+def test_an_organisations_limits_are_the_owners_word(world: Any) -> None:
+    client, made = world.newcomer()
+    org = made.organisation.id
+    assert client.limits.get("organisation", org).tokens_per_minute is None
+    body = rest.LimitsPut(tokens_per_minute=77)
+    refused(lambda: client.limits.set("organisation", org, body), 403, "forbidden")
+    world.owner.limits.set("organisation", org, body)
+    assert client.limits.get("organisation", org).tokens_per_minute == 77
+    other, _ = world.newcomer("Other")
+    refused(lambda: other.limits.get("organisation", org), 404, "organisation_not_found")
+    refused(lambda: other.limits.set("organisation", org, body), 404, "organisation_not_found")
+    error = refused(
+        lambda: world.owner.limits.set("organisation", org, rest.LimitsPut(max_devices=1)),
+        422,
+        "invalid_request",
+    )
+    assert error.param == "max_devices"
+    entries = [e for e in client.audit.list() if e.action == "set_limits" and e.result == "ok"]
+    assert [e.target for e in entries] == [org]
+
+
+def test_a_limited_key_lets_no_key_do_more_than_itself(world: Any) -> None:
+    client, _ = world.newcomer()
+    limited = client.keys.create(
+        rest.KeyCreate(name="l", limits=rest.KeyLimitsBody(tokens_per_day=100))
+    )
+    caller = world.caller(limited.secret)
+    error = refused(
+        lambda: caller.limits.set("key", limited.id, rest.LimitsPut(tokens_per_day=101)),
+        403,
+        "forbidden",
+    )
+    assert error.param == "limits.tokens_per_day"
+    kept = caller.limits.set("key", limited.id, rest.LimitsPut(requests_per_minute=5))
+    assert (kept.tokens_per_day, kept.requests_per_minute) == (100, 5)
+    other = client.keys.create(rest.KeyCreate(name="o"))
+    assert caller.limits.set("key", other.id, rest.LimitsPut()).tokens_per_day == 100
+
+
+def test_a_scope_of_another_kind_is_no_scope(world: Any) -> None:
+    _, made = world.newcomer()
+    answer = world.ask("GET", f"/v1/limits/planet/{made.key.id}", made.secret)
+    assert answer.status_code == 422
+    assert answer.json()["error"]["param"] == "scope_kind"
