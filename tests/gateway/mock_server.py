@@ -97,6 +97,8 @@ class Connection:
         self.writer = writer
         self.steering = Steering()
         self.sent = 0
+        # One for all requests: to cancel a wait for the end would count as the end.
+        self.closed = asyncio.ensure_future(writer.wait_closed())
 
     async def serve(self) -> None:
         while True:
@@ -146,17 +148,14 @@ class Connection:
 
     async def until_gone(self, work: asyncio.Future[None]) -> None:
         """Generation stops as soon as the other side closes, like a model server's."""
-        closed = asyncio.ensure_future(self.writer.wait_closed())
         try:
-            await asyncio.wait({work, closed}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({work, self.closed}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 raise ConnectionResetError
             work.result()
         finally:
-            for future in (work, closed):
-                if not future.done():
-                    future.cancel()
-            await asyncio.gather(work, closed, return_exceptions=True)
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
 
     async def look(self, target: str) -> None:
         if target == "/health":
@@ -490,13 +489,16 @@ class MockServer:
         task = asyncio.current_task()
         assert task is not None
         self._connections.add(task)
+        connection = Connection(self, reader, writer)
         try:
-            await Connection(self, reader, writer).serve()
+            await connection.serve()
         except (_Died, ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
             self._connections.discard(task)
             writer.close()
+            connection.closed.cancel()
+            await asyncio.gather(connection.closed, return_exceptions=True)
 
     async def start(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from models_cloud import Cloud, Gateway, a_gauge, clouds
 
 from sublet.base.kernel.errors import Conflict, NoCapacity
+from sublet.base.kernel.interval import micros_since_epoch
+from sublet.base.wire.gateway import Outcome, UsageEvent
 from sublet.capacity import allocation
 from sublet.capacity.allocation import Rank
 from sublet.records import metering
 from sublet.shops import compute, models
 from sublet.shops.compute import Reason, State
-from sublet.shops.models import loops
+from sublet.shops.models import loops, readings
 from sublet.shops.models.servers import Gauges
 
 Make = Callable[..., Cloud]
@@ -436,24 +438,101 @@ def test_a_gateway_that_acts_by_a_forgotten_snapshot_may_still_send(cloud: Cloud
 # ---- readings -----------------------------------------------------------------------------------
 
 
+def counted(prompt: int, predicted: int, *, processing: int = 0) -> Gauges:
+    return Gauges(
+        prompt_total=prompt,
+        cached_total=0,
+        predicted_total=predicted,
+        processing=processing,
+        deferred=0,
+    )
+
+
+def record(cloud: Cloud, replica_id: str, number: int, *, prompt: int, output: int) -> None:
+    """A request's row, as the link keeps it."""
+    now_us = micros_since_epoch(cloud.now)
+    cloud.has_books = False
+    with cloud.books.work(cloud.owner.actor()) as work:
+        metering.open_epoch(work, "gw-0", 1)
+        event = UsageEvent(
+            id=f"req_{number}",
+            key_id="key_1",
+            organisation_id=cloud.buyer.organisation.id,
+            project_id=None,
+            is_first_party=False,
+            model="m",
+            deployment_id="dep_1",
+            replica_id=replica_id,
+            surface="chat",
+            tier="default",
+            price_version="v1",
+            outcome=Outcome.OK,
+            started_us=now_us,
+            ended_us=now_us,
+            first_us=now_us,
+            input_uncached=prompt,
+            cache_read=0,
+            output=output,
+            made=output,
+            micros=0,
+        )
+        metering.ingest(work, gateway="gw-0", epoch=1, events=[event], file=0, offset=number)
+
+
+def last_reading(cloud: Cloud) -> metering.Reading:
+    [found] = cloud.see(metering.list_readings, cloud.now - timedelta(days=1))
+    return found
+
+
 def test_what_a_trial_took_is_nobodys_and_the_last_counts_are_set_against_ours(
     cloud: Cloud,
 ) -> None:
-    def counted(prompt: int, predicted: int) -> Gauges:
-        return Gauges(
-            prompt_total=prompt, cached_total=0, predicted_total=predicted, processing=0, deferred=0
-        )
-
     cloud.server.counts = counted(1, 1)
     made = serving(cloud)
     [replica] = cloud.ready()
-    [begun] = cloud.see(metering.list_readings, cloud.now - timedelta(hours=1))
+    begun = last_reading(cloud)
     assert (begun.replica_id, begun.gap.is_none) == (replica.id, True)
     cloud.server.counts = counted(11, 4)
     cloud.act(models.retire, cloud.owner, made.id)
-    cloud.run(30)
-    [last] = cloud.see(metering.list_readings, cloud.now - timedelta(hours=1))
-    assert (last.gap.input_uncached, last.gap.output) == (10, 3)
+    cloud.run(2)
+    # Its last row is on its way.
+    record(cloud, replica.id, 1, prompt=10, output=2)
+    cloud.run(60)
+    assert (last_reading(cloud).gap.input_uncached, last_reading(cloud).gap.output) == (0, 1)
+
+
+def test_one_that_serves_is_compared_while_it_is_idle(cloud: Cloud) -> None:
+    cloud.server.counts = counted(1, 1)
+    serving(cloud, min_replicas=1)
+    [replica] = cloud.ready()
+    record(cloud, replica.id, 1, prompt=7, output=3)
+    cloud.server.counts = counted(8, 5)
+    cloud.run(readings.EVERY.total_seconds() + 20)
+    assert last_reading(cloud).gap.output == 1
+    assert last_reading(cloud).read_at > cloud.now - timedelta(seconds=30)
+
+
+def test_a_busy_one_is_not_compared_and_what_comes_between_spoils_the_look(cloud: Cloud) -> None:
+    cloud.server.counts = counted(1, 1)
+    serving(cloud, min_replicas=1)
+    [replica] = cloud.ready()
+    begun = last_reading(cloud)
+    gateway = cloud.gateways["gw-0"]
+    gateway.in_flight = {replica.id: 1}
+    cloud.run(readings.EVERY.total_seconds() + 30)
+    assert last_reading(cloud) == begun
+    gateway.in_flight = {}
+    cloud.server.counts = counted(9, 9, processing=1)
+    cloud.run(70)
+    assert last_reading(cloud) == begun
+    # The second look finds other counts than the first: every second something else.
+    cloud.server.counts = counted(9, 9)
+    for number in range(10, 80):
+        cloud.run(1)
+        cloud.server.counts = counted(number, number)
+    assert last_reading(cloud) == begun
+    cloud.run(90)
+    assert last_reading(cloud).prompt == 79
 
 
 # ---- always -------------------------------------------------------------------------------------

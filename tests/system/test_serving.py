@@ -35,7 +35,7 @@ def cloud(opened: Serving) -> Iterator[Serving]:
 
 def test_from_zero_and_back_with_a_request_in_the_queue(cloud: Serving) -> None:
     before = len([u for u in cloud.billed() if u.outcome == "ok"])
-    deployment = cloud.deploy(PLAIN, idle_seconds=1)
+    deployment = cloud.deploy(PLAIN, idle_seconds=4)
     wait_until(lambda: not cloud.seen(deployment.id).replicas, 30, "nobody asks: no replica")
     idle_at = time.monotonic()
     assert cloud.seen(deployment.id).wanted == 0
@@ -100,8 +100,9 @@ def test_a_server_that_dies_at_each_start_is_tried_less_and_less(cloud: Serving)
     assert (second.created_at - first.gone_at).total_seconds() >= 2
     assert (third.created_at - second.gone_at).total_seconds() >= 5
     found = _failed(cloud, deployment.id)
-    print(found.failure)
+    assert "it ended by itself with exit code 1: " in str(found.failure)
     assert "lhama" in str(found.failure), "its last words"
+    assert found.retry_at is not None
     said = cloud.command("deployments", "list", "--json")
     assert "lhama" in said.stdout, said.stdout + said.stderr
     asked = Stream()
@@ -152,7 +153,7 @@ def test_weights_that_are_gone_are_named(cloud: Serving) -> None:
     assert "Traceback" not in said
     # Gone after it was deployed: the deployment says so, and heals.
     path.write_bytes(data)
-    deployment = cloud.deploy("passing", idle_seconds=1)
+    deployment = cloud.deploy("passing", idle_seconds=4)
     wait_until(lambda: not cloud.seen(deployment.id).replicas, 30, "back at zero")
     path.unlink()
     asked = Stream()

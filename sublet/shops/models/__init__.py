@@ -70,7 +70,7 @@ from sublet.shops.models.service import (
     stage_on,
     why_not_deployable,
 )
-from sublet.shops.models.snapshot import compose
+from sublet.shops.models.snapshot import Composer, compose
 from sublet.shops.models.store import (
     get_deployment,
     list_deployments,
@@ -84,6 +84,7 @@ __all__ = [
     "TIERS",
     "Access",
     "CatalogueChanged",
+    "Composer",
     "Deployment",
     "DeploymentExists",
     "DeploymentNotFound",

@@ -33,6 +33,7 @@ from sublet.shops.models.model import (
     ReplicaChanged,
     ReplicaState,
 )
+from sublet.shops.models.readings import Readings
 from sublet.shops.models.servers import MODEL_SOCKET, SERVERS, ModelServer
 from sublet.shops.models.starts import ACTOR, Hopeless, KeyOf, Ready, Starts, facts_of
 
@@ -78,6 +79,7 @@ class ModelsLoop:
         self._engine = engine
         self._servers = servers
         self._starts = Starts(books, engine, servers, key, executor)
+        self._readings = Readings(books, engine, servers, self._starts.submit)
         self._is_busy = False
 
     def close(self) -> None:
@@ -85,6 +87,7 @@ class ModelsLoop:
 
     def step(self, now: datetime) -> datetime:
         """One look at every deployment and replica, and what follows; when to look again."""
+        self._readings.step(now)
         with self._books.read() as tx:
             deployments = store.list_deployments(tx)
             replicas = store.list_replicas(tx, states=LIVE)
@@ -126,6 +129,8 @@ class ModelsLoop:
         elif replica.state is ReplicaState.STARTING:
             self._is_busy = True
             self._try_to_serve(replica, at, now)
+        else:
+            self._readings.look(replica, at, now)
 
     def _drain(self, replica: Replica, reason: str) -> None:
         """It gets no new call from the next snapshot on."""
@@ -154,7 +159,7 @@ class ModelsLoop:
         with self._books.read() as tx:
             is_empty = service.is_dropped(tx, replica.id) and not service.in_flight(tx, replica.id)
         if is_empty:
-            self._read_counts(replica, at)
+            self._readings.take_last(replica, at, now)
         elif not _is_late(replica, deployment, now):
             return
         with self._books.work(ACTOR) as work:
@@ -162,7 +167,7 @@ class ModelsLoop:
 
     def _gone(self, replica: Replica, at: Location) -> None:
         workload = at.workload
-        why = replica.reason or workload.failure or str(workload.reason or workload.state)
+        why = replica.reason or workload.failure or _end_of(workload)
         story = self._story(at, why)
         with self._books.work(ACTOR) as work:
             found = store.find_replica(work.tx, replica.id)
@@ -177,9 +182,11 @@ class ModelsLoop:
             if is_early and found.state is not ReplicaState.DRAINING:
                 _note_failure(work, found.deployment_id, story)
         self._starts.forget(replica.id)
+        self._readings.forget(replica.id)
 
     def _story(self, at: Location, why: str) -> str:
-        """Why it did not start, with the last line that it wrote."""
+        """Why it did not start, with the line that it wrote of an error: the first, since others
+        follow from it; where there is none, the last."""
         if at.run_id is None:
             return why
         try:
@@ -187,7 +194,8 @@ class ModelsLoop:
         except SubletError:
             return why
         lines = [line for line in said.decode(errors="replace").splitlines() if line.strip()]
-        return f"{why}: {lines[-1][:300]}" if lines else why
+        told = [line for line in lines if "error" in line.lower()] or lines[-1:]
+        return f"{why}: {told[0].strip()[:300]}" if told else why
 
     def _try_to_serve(self, replica: Replica, at: Location, now: datetime) -> None:
         if now - replica.created_at > START_LIMIT:
@@ -195,7 +203,7 @@ class ModelsLoop:
             return
         found = self._starts.poll(replica, at, now)
         if isinstance(found, Ready):
-            self._ready(replica, at, found)
+            self._ready(replica, at, found, now)
         elif isinstance(found, Hopeless):
             self._end(replica, found.why)
 
@@ -205,7 +213,7 @@ class ModelsLoop:
             store.update_replica(work.tx, replica, reason=why)
             compute.stop_for(work, replica.id, Reason.SCALED_IN)
 
-    def _ready(self, replica: Replica, at: Location, ready: Ready) -> None:
+    def _ready(self, replica: Replica, at: Location, ready: Ready, now: datetime) -> None:
         assert at.run_id is not None
         door = self._engine.door(at.run_id, MODEL_SOCKET)
         with self._books.work(ACTOR) as work:
@@ -226,25 +234,8 @@ class ModelsLoop:
             deployment = store.get_deployment(work.tx, found.deployment_id)
             store.note_deployment(work.tx, deployment, failure=None, retry_at=None)
             _tell(work, found, ReplicaState.READY)
+        self._readings.begin(replica.id, now)
         log.info("replica_ready", replica_id=replica.id, model=replica.model)
-
-    def _read_counts(self, replica: Replica, at: Location) -> None:
-        """The engine's own totals beside ours, before it goes: what differs is named."""
-        if at.run_id is None or replica.ready_at is None:
-            return
-        with self._books.read() as tx:
-            server = self._servers[store.get_model(tx, replica.model).server]
-        counts = server.gauges(self._engine.door(at.run_id, MODEL_SOCKET))
-        if counts is None:
-            return
-        with self._books.work(ACTOR) as work:
-            metering.keep_reading(
-                work,
-                replica.id,
-                prompt=counts.prompt_total,
-                cached=counts.cached_total,
-                predicted=counts.predicted_total,
-            )
 
     # ---- one deployment --------------------------------------------------------------------
 
@@ -378,6 +369,14 @@ class ModelsLoop:
         )
         store.insert_replica(work.tx, replica)
         _tell(work, replica, ReplicaState.STARTING)
+
+
+def _end_of(workload: compute.Workload) -> str:
+    """How one ended that nobody ended."""
+    if workload.reason is not Reason.USER:
+        return str(workload.reason or workload.state)
+    code = workload.exit_code
+    return "it ended by itself" + ("" if code is None else f" with exit code {code}")
 
 
 def _is_late(replica: Replica, deployment: Deployment, now: datetime) -> bool:

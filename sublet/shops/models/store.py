@@ -11,7 +11,8 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
 from sublet.base.kernel.errors import Conflict
-from sublet.base.store import Instant, Json, metadata
+from sublet.base.store import Event, Instant, Json, metadata
+from sublet.base.store.work import outbox
 from sublet.shops.models.model import (
     Access,
     Deployment,
@@ -357,6 +358,12 @@ def not_ready(tx: Connection, replica_ids: Collection[str]) -> list[str]:
         replicas.c.id.in_(list(replica_ids)), replicas.c.state != ReplicaState.READY
     )
     return sorted(row.id for row in tx.execute(query))
+
+
+def last_event(tx: Connection, kinds: Collection[type[Event]]) -> int:
+    """The number of the newest event of these kinds; 0: there was none."""
+    query = sa.select(sa.func.max(outbox.c.seq)).where(outbox.c.kind.in_([k.kind for k in kinds]))
+    return tx.execute(query).scalar() or 0
 
 
 def _model(row: Row[Any]) -> Model:

@@ -144,6 +144,9 @@ def _draw(rng: random.Random) -> tuple[str, str, dict[str, Any], float | None]:
         return "dies", f"n={n} die=1", {}, None
     if place < 0.98:
         return "ends", f"n={n + 5} end={rng.choice((0, 1, 3))}", stream, None
+    if place < 0.99:
+        # Some are always open, so that a kill meets them.
+        return "long", "n=900 delay=0.005", stream, None
     return "nonsense", "", {}, None
 
 
@@ -194,8 +197,8 @@ class _Connection:
             _note_whole(seen, json.loads(data))
         else:
             await self._stream(seen)
-        if headers.get("connection") == "close":
-            self.close()
+        if headers.get("connection") == "close" or (seen.end == "error" and seen.status == 200):
+            self.close()  # A stream that broke ends its connection, too.
 
     async def _stream(self, seen: Seen) -> None:
         """Events as they come; what is not whole at the end does not count."""

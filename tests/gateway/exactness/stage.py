@@ -40,6 +40,7 @@ POOR_CREDIT = "0.001500"
 """Some forty small answers, of several hundred asked for."""
 ODD_PRICE = {"input_micros": 333_333, "cached_micros": 77_777, "output_micros": 1_234_567}
 LOOK_SECONDS = 0.01
+WRITTEN_SECONDS = 1.1
 
 
 class Mock:
@@ -125,7 +126,9 @@ class Stage:
     # ---- what is done to them ------------------------------------------------------------------
 
     async def kill_gateway(self) -> None:
-        """kill -9, and up again on the same folder and port."""
+        """kill -9, and up again on the same folder and port; not before long streams were written
+        down."""
+        await asyncio.sleep(WRITTEN_SECONDS)
         (epoch,) = [life for life in self._lives() if life not in self.killed]
         self.gateway.kill()
         self.killed[epoch] = time.time_ns() // 1000
