@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import http.client
 import itertools
 import json
 import os
@@ -408,6 +409,21 @@ class GatewayProcess:
         os.close(ready)
         return self
 
+    def health(self) -> dict[str, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        try:
+            connection.request("GET", "/health")
+            found: dict[str, Any] = json.loads(connection.getresponse().read())
+            return found
+        finally:
+            connection.close()
+
+    def until_serving(self, replicas: int = 1) -> None:
+        """It knows the mock, and so many servers of it."""
+        wait_until(
+            lambda: self.health()["models"] == {MODEL: replicas}, 20, f"{self.name} knows the mock"
+        )
+
     def kill(self) -> None:
         assert self.process is not None
         self.process.send_signal(signal.SIGKILL)
@@ -433,3 +449,35 @@ def gateways(folder: Path, count: int, **orders: Any) -> Iterator[list[GatewayPr
     finally:
         for gateway in made:
             gateway.close()
+
+
+class Leash:
+    """A folder of its own for one gateway, through which it sees the real one, until it is cut off.
+
+    Its spools lie in the real folder all along, as those of a gateway that is cut off do.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._real = folder
+        self._name = name
+        self.folder = folder.parent / f"leash-{name}"
+        self.folder.mkdir()
+        (folder / name).mkdir()
+        (self.folder / name).symlink_to(folder / name)
+        self.tie()
+
+    def tie(self) -> None:
+        for what in ("snapshot", "control.sock"):
+            (self.folder / what).unlink(missing_ok=True)
+            (self.folder / what).symlink_to(self._real / what)
+
+    def cut(self) -> None:
+        """It keeps what it has, hears nothing more, and nobody hears it."""
+        kept = (self._real / "snapshot").read_bytes()
+        for what in ("snapshot", "control.sock"):
+            (self.folder / what).unlink()
+        (self.folder / "snapshot").write_bytes(kept)
+        # Whoever takes its name has the link hang up on it.
+        other = ScriptedGateway(self._real, self._name, 1).connect()
+        other.hello()
+        other.close()

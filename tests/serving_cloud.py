@@ -115,9 +115,7 @@ class Serving:
         return made
 
     def price(self, name: str) -> None:
-        self.owner.catalogue.set_price(
-            name, rest.TokenPriceCreate(tier="default", **MICRO_A_TOKEN)
-        )
+        self.owner.catalogue.set_price(name, rest.TokenPriceCreate(tier="default", **MICRO_A_TOKEN))
 
     def deploy(self, model: str, ready: int = 1, **fields: Any) -> rest.Deployment:
         """Deployed, and so many replicas of it ready."""

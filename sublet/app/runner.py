@@ -132,3 +132,6 @@ class Nudger:
         for address in self._addresses:
             with suppress(OSError):
                 self._socket.sendto(b"1", address)
+
+    def close(self) -> None:
+        self._socket.close()

@@ -95,8 +95,12 @@ class Spools:
 
     def finish(self, now: datetime) -> bool:
         """The last look, when all gateways have ended. True: no spool is left unread."""
-        self._troubles.clear()
-        self._pass(now, may_close=True, is_last=True)
+        before = None
+        # A step serves all lives in turn; what has gathered while the books were away takes several.
+        while before != self._marks:
+            before = dict(self._marks)
+            self._troubles.clear()
+            self._pass(now, may_close=True, is_last=True)
         return not self.lives()
 
     def lives(self) -> list[Life]:

@@ -34,9 +34,13 @@ class App:
     store: Store
     engine: Engine
     installation_id: str
+    nudger: Nudger | None = None
+    """Tells the installation's runners of what this process commits."""
 
     def close(self) -> None:
         self.store.close()
+        if self.nudger is not None:
+            self.nudger.close()
 
 
 def open_app(settings: Settings) -> App:
@@ -51,7 +55,8 @@ def open_app(settings: Settings) -> App:
     store = open_store(settings.database, clock, ids)
     with store.read() as tx:
         installation_id = find_fact(tx, "installation_id") or ""
-    store.on_commit = Nudger(installation_id) if installation_id else None
+    nudger = Nudger(installation_id) if installation_id else None
+    store.on_commit = nudger
     return App(
         settings=settings,
         folder=folder,
@@ -60,6 +65,7 @@ def open_app(settings: Settings) -> App:
         store=store,
         engine=local_engine(settings, folder, clock),
         installation_id=installation_id,
+        nudger=nudger,
     )
 
 

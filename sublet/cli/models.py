@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -203,6 +204,7 @@ def download(
     out: Annotated[
         Path | None, typer.Option("--out", help="Where to; default: MODEL.gguf.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Download a model's weights, where its licence allows; checked by their sha256."""
     target = out or Path(f"{name.replace('/', '_')}.gguf")
@@ -222,6 +224,9 @@ def download(
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
+    if as_json:
+        show_json(model)
+        return
     show(f"{target}  {values.size(done)}  sha256 {model.sha256}  licence {model.licence}")
 
 
@@ -295,22 +300,30 @@ def price(
 
 
 def _price(text: str, option: str) -> int:
-    return 0 if text.strip("0.") == "" else values.micros(text, option)
+    # Nothing may be the price, but only where it is said: not by a variable that is not set.
+    return 0 if re.fullmatch(r"0+(\.0*)?", text) else values.micros(text, option)
 
 
-def grant(name: ModelName, to: Everyone = "*") -> None:
+def grant(name: ModelName, to: Everyone = "*", as_json: Json = False) -> None:
     """Let an organisation (or everyone) call a sealed model."""
     with client() as cloud:
         found = cloud.catalogue.grant(name, to)
+    if as_json:
+        show_json(found)
+        return
     whom = "everyone" if found.organisation_id == "*" else found.organisation_id
     show(f"{whom} may call {name}")
 
 
-def revoke(name: ModelName, to: Everyone = "*") -> None:
+def revoke(name: ModelName, to: Everyone = "*", as_json: Json = False) -> None:
     """Take a grant back. With the last one the model's replicas end as well."""
     with client() as cloud:
         cloud.catalogue.revoke(name, to)
-        left = [g.organisation_id for g in cloud.catalogue.grants(name)]
+        grants = list(cloud.catalogue.grants(name))
+    if as_json:
+        show_json(grants)
+        return
+    left = [found.organisation_id for found in grants]
     show(f"revoked; left: {', '.join(left) or 'none, so its replicas end'}")
 
 
@@ -319,6 +332,7 @@ def lifecycle(
     stage: Annotated[str, typer.Argument(help="active, legacy or end_of_life.")],
     legacy_on: Annotated[str | None, typer.Option("--legacy-on", help="A date.")] = None,
     end_of_life_on: Annotated[str | None, typer.Option("--end-of-life-on", help="A date.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Say where a model stands, and announce dates: they come true by themselves."""
     from sublet.base.wire import rest as shapes
@@ -330,6 +344,9 @@ def lifecycle(
     with client() as cloud:
         version = cloud.catalogue.get(name).version
         found = cloud.catalogue.change(name, shapes.ModelPatch(**body), version=version)
+    if as_json:
+        show_json(found)
+        return
     show(f"{name}: {_lifecycle(found)}")
 
 
@@ -501,12 +518,16 @@ def scale(
     _show_deployment(found)
 
 
-def retire(word: DeploymentWord, yes: Yes = False) -> None:
+def retire(word: DeploymentWord, yes: Yes = False, as_json: Json = False) -> None:
     """End a deployment: its replicas drain, and no request is dropped."""
     with client(quiet=True) as cloud:
         found = find_deployment(cloud, word)
         confirm(f"End {found.model} ({found.id})?", yes=yes)
         cloud.deployments.retire(found.id)
+        found = cloud.deployments.get(found.id)
+    if as_json:
+        show_json(found)
+        return
     say(f"{found.id} drains")
 
 

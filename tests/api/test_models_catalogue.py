@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import os
+import struct
 from datetime import timedelta
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -111,6 +114,19 @@ def test_a_file_that_is_damaged_is_no_model(world: Any, tmp_path: Path) -> None:
         assert error.param == "path"
 
 
+def test_what_lies_there_is_not_waited_for(world: Any, tmp_path: Path) -> None:
+    """A pipe that nobody writes to would hold a thread of the API for ever."""
+    pipe = tmp_path / "pipe.gguf"
+    os.mkfifo(pipe)
+    nested = tmp_path / "nested.gguf"
+    lists = struct.pack("<IQ", 9, 1) * 5000
+    head = struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9)
+    nested.write_bytes(b"GGUF" + head + lists)
+    for path in (pipe, nested):
+        add = partial(world.owner.catalogue.add, a_model(path=str(path)))
+        assert refused(add, 422, "model_invalid").param == "path"
+
+
 def test_another_file_than_was_meant_is_refused(world: Any, tmp_path: Path) -> None:
     error = refused(
         lambda: world.owner.catalogue.add(a_model(sha256="0" * 64)), 409, "weights_changed"
@@ -170,6 +186,15 @@ def test_consumers_read_and_change_nothing(world: Any) -> None:
     ):
         refused(deed, 403, "forbidden")
     refused(lambda: world.caller(None).catalogue.get("my-model"), 401, "invalid_api_key")
+    tried = [entry.action for entry in client.audit.list() if entry.result == "forbidden"]
+    assert tried == [
+        "add_model",
+        "change_model",
+        "set_model_price",
+        "grant_model",
+        "revoke_model_grant",
+        "deploy_model",
+    ]
 
 
 def test_the_owners_members_deploy_but_do_not_manage_the_catalogue(world: Any) -> None:
@@ -302,8 +327,21 @@ def test_open_weights_are_downloaded_with_their_digest(world: Any) -> None:
     assert "my-model.gguf" in answer.headers["content-disposition"]
     part = world.ask("GET", path, signed.secret, range="bytes=4-7")
     assert (part.status_code, part.content) == (206, data[4:8])
+    rest_of_it = world.ask("GET", path, signed.secret, range="bytes=2999480-")
+    assert (rest_of_it.status_code, rest_of_it.content) == (206, data[2999480:])
     actors = [e.actor for e in world.owner.audit.list() if e.action == "download_weights"]
-    assert actors == [signed.key.id] * 3
+    assert actors == [signed.key.id] * 4
+    assert world.ask("HEAD", path, signed.secret).headers["content-length"] == str(len(data))
+
+
+@pytest.mark.parametrize(
+    "asked", ["bytes=9999999-", "bytes=5-4", "bytes=a-b", "lines=1-2", "bytes=0-1,4-5", "", "-"]
+)
+def test_a_range_that_cannot_be_had_is_the_whole_file(world: Any, asked: str) -> None:
+    made = world.owner.catalogue.add(a_model())
+    path = "/v1/catalogue/my-model/weights"
+    answer = world.ask("GET", path, world.owner_secret, range=asked)
+    assert (answer.status_code, len(answer.content)) == (200, made.size_bytes)
 
 
 def test_sealed_and_forbidden_weights_are_not(world: Any, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from sublet.base.kernel.interval import micros_since_epoch
 from sublet.base.store import Actor
@@ -317,3 +319,57 @@ def test_a_scope_of_another_kind_is_no_scope(world: Any) -> None:
     answer = world.ask("GET", f"/v1/limits/planet/{made.key.id}", made.secret)
     assert answer.status_code == 422
     assert answer.json()["error"]["param"] == "scope_kind"
+
+
+# ---- whatever is sent -----------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner),
+    max_leaves=5,
+)
+RIGHT: dict[str, dict[str, Any]] = {
+    "/v1/catalogue": {
+        "name": "m",
+        "provider": "p",
+        "licence": "l",
+        "path": "/nowhere.gguf",
+        "quantization": "q",
+        "context": 64,
+        "max_output": 9,
+        "server": "llama.cpp",
+        "sha256": "0" * 64,
+    },
+    "/v1/catalogue/m/prices": {
+        "tier": "default",
+        "input_micros": 1,
+        "cached_micros": 1,
+        "output_micros": 1,
+        "effective_from": "2026-11-24T10:00:00Z",
+    },
+    "/v1/catalogue/m/grants": {"organisation_id": "*"},
+    "/v1/deployments": {"model": "m", "min_replicas": 0, "max_replicas": 2, "target": 1},
+}
+
+
+@pytest.mark.parametrize("path", RIGHT)
+def test_bodies_of_any_kind_are_answered_as_declared(one_world: Any, path: str) -> None:
+    right = RIGHT[path]
+    template = path.replace("/m/", "/{name}/")
+
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(
+        body=JSON
+        | st.dictionaries(st.sampled_from(sorted(right)), JSON, max_size=3).map(
+            lambda wrong: right | wrong
+        )
+    )
+    def sent(body: Any) -> None:
+        answer = one_world.ask("POST", path, one_world.owner_secret, body)
+        declared = one_world.http.app.openapi()["paths"][template]["post"]["responses"]
+        assert str(answer.status_code) in declared, (answer.status_code, answer.text)
+        assert answer.status_code < 500, answer.text
+        if answer.status_code == 422:
+            assert answer.json()["error"]["param"] is not None
+
+    sent()

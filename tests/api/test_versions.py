@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
+from pathlib import Path
+
 from sublet.base.wire import rest
+
+MUSE = Path(str(files("sublet.shops.models") / "carried" / "muse-tiny.gguf"))
 
 
 def test_a_change_names_the_version_it_changes(world) -> None:
@@ -114,9 +119,16 @@ def test_every_list_pages(world) -> None:
     ]
     assert len(lists) > 20
     job = next(client.jobs.list()).id
+    model = world.owner.catalogue.add(
+        rest.ModelCreate(
+            name="m", provider="p", licence="l", path=str(MUSE), quantization="Q8_0", context=512
+        )
+    )
+    served = world.owner.deployments.create(rest.DeploymentCreate(model=model.name))
     for path in lists:
         mine = path.startswith("/v1/instances/{")
         here = path.replace("{workload_id}", "ins_none" if mine else job)
+        here = here.replace("{name}", model.name).replace("{deployment_id}", served.id)
         secret = made.secret if here.startswith("/v1/jobs/") else world.owner_secret
         answer = world.ask("GET", f"{here}?limit=1", secret)
         if mine:

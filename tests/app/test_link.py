@@ -24,7 +24,7 @@ from linked import (
     wait_until,
 )
 
-from sublet.app import publish
+from sublet.app import publish, spools
 from sublet.app.control import LINE_LIMIT
 from sublet.app.link import Link
 from sublet.app.publish import Publisher, await_published
@@ -479,6 +479,20 @@ def test_at_the_end_the_last_spools_are_read(books: LinkedBooks) -> None:
     assert living.folder.exists()
     assert books.count() == 2
     living.die()
+
+
+def test_at_the_end_a_long_spool_is_read_to_its_end(
+    books: LinkedBooks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What gathered while the books were away is more than one step takes."""
+    monkeypatch.setattr(spools, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(spools, "ROUNDS", 2)
+    spool = HandSpool(books.folder, "gw-0", LONG_AGO)
+    spool.write(*(books.event(number) for number in range(1, 61)))
+    spool.die()
+    assert spools.Spools(books.store, books.folder).finish(books.store.clock.now())
+    assert books.count() == 60
+    assert not spool.folder.exists()
 
 
 # ---- what goes wrong ----------------------------------------------------------------------------

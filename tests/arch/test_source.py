@@ -109,6 +109,6 @@ def test_locks_name_no_host_and_hash_everything() -> None:
         text = lock.read_text()
         assert "//" not in text
         pinned = re.findall(r"^[\w.-]+(?:\[[\w,-]+\])?==", text, re.M)
-        assert len(pinned) > 10
+        assert pinned, lock.name
         entries = re.split(r"\n(?=[\w])", text.strip())
         assert all("--hash=sha256:" in entry for entry in entries)

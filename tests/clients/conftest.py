@@ -23,7 +23,7 @@ from sublet.shops.models.convert import convert_bert
 from sublet.shops.models.servers import MODEL_SOCKET, SERVERS, ModelFacts
 
 ROOT = Path(__file__).resolve().parents[2]
-MOCK = Path("/tmp/clients4/mock_server.py")
+MOCK = ROOT / "tests" / "gateway" / "mock_server.py"
 WEIGHTS = ROOT / ".weights"
 SMOL, MINILM, MOCKED, GONE = "smollm2-135m-instruct", "all-minilm-l6-v2", "mock", "gone"
 LLAMA = SERVERS["llama.cpp"]

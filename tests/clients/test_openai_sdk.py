@@ -82,7 +82,9 @@ def test_a_stream_says_the_same_and_bills_the_same(client: openai.OpenAI, shop: 
 
 
 def test_usage_that_was_not_asked_for_is_not_in_the_stream(client: openai.OpenAI) -> None:
-    stream = client.chat.completions.create(model=SMOL, messages=SAY, max_tokens=8, stream=True)
+    stream = client.chat.completions.create(
+        model=SMOL, messages=steer("Count to a hundred."), max_tokens=8, temperature=0, stream=True
+    )
     chunks = list(stream)
     assert all(chunk.usage is None for chunk in chunks)
     assert all(chunk.choices for chunk in chunks)
@@ -164,7 +166,9 @@ def test_stop_seed_and_several_choices_are_honoured(client: openai.OpenAI, shop:
 def test_both_names_of_the_cap(client: openai.OpenAI) -> None:
     for name in ("max_tokens", "max_completion_tokens"):
         asked: Any = {name: 5}
-        answer = client.chat.completions.create(model=SMOL, messages=SAY, **asked)
+        answer = client.chat.completions.create(
+            model=SMOL, messages=steer("Count to a hundred."), temperature=0, **asked
+        )
         assert answer.choices[0].finish_reason == "length"
         assert answer.usage is not None
         assert answer.usage.completion_tokens == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from .conftest import MINILM, SMOL, Shop
@@ -35,9 +36,11 @@ def test_litellm(shop: Shop, tmp_path: Path) -> None:
 
 def test_inspect(shop: Shop, tmp_path: Path) -> None:
     other_python()
+    # It takes files of its own folder alone.
+    shutil.copy(HERE / "task_for_inspect.py", tmp_path)
     rows = shop.count()
     run(
-        OTHERS / "inspect", "eval", HERE / "task_for_inspect.py", "--model",
+        OTHERS / "inspect", "eval", "task_for_inspect.py", "--model",
         f"openai-api/sublet/{SMOL}", "--max-tokens", "24", "--temperature", "0", "--display",
         "plain", "--log-format", "json", "--log-dir", tmp_path / "log",
         home=tmp_path, env={"SUBLET_API_KEY": shop.key, "SUBLET_BASE_URL": shop.v1},

@@ -37,7 +37,7 @@ from sublet.gateway.process import Keeper, Orders, begin, drain
 from sublet.gateway.purse import Purse
 from sublet.gateway.state import Gateway
 
-SECRET = "sk-test"  # noqa: S105
+SECRET = "sk-test"
 CALLER = Caller(secret=SECRET, id="key_test")
 CHAT = "/v1/chat/completions"
 PATIENCE = 10.0
@@ -60,6 +60,7 @@ def a_replica(path: Path | str, name: str = "rep_1", **fields: Any) -> ReplicaRo
 class Running:
     g: Gateway
     port: int
+    server: asyncio.Server
     granter: Granter
     folder: Path
     publish: Callable[..., None]
@@ -143,7 +144,7 @@ async def running(
         keeper.look()
 
     sweeps = asyncio.ensure_future(_sweep(g, keeper, tick))
-    gateway = Running(g, port, granter, home, publish)
+    gateway = Running(g, port, server, granter, home, publish)
     try:
         await until(lambda: g.control.is_connected)
         yield gateway
@@ -155,7 +156,8 @@ async def running(
         sweeps.cancel()
         for connection in list(g.connections):
             connection.close()
-        await drain(g, server)
+        if not g.is_draining:
+            await drain(g, server)
         for replica in g.routes.replicas.values():
             replica.close_idle()
         granter.close()

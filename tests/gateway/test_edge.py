@@ -281,10 +281,7 @@ def test_the_end_of_a_gateway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             await until(
                 lambda: len(gateway.g.open) == 2 and gateway.g.routes.models["cold"].waiting
             )
-            server = await asyncio.get_running_loop().create_server(
-                asyncio.Protocol, "127.0.0.1", 0
-            )
-            ending = asyncio.ensure_future(process.drain(gateway.g, server))
+            ending = asyncio.ensure_future(process.drain(gateway.g, gateway.server))
             assert await idle.is_closed()
             assert (await short.answer()).events()[-1] == b"[DONE]"
             answer = await long.answer()
@@ -295,5 +292,7 @@ def test_the_end_of_a_gateway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             made = {row.outcome: row for row in gateway.rows()}
             assert made["ok"].output == 10
             assert 0 < made["interrupted"].output < 500
+            for client in clients:
+                client.abort()
 
     run(work)

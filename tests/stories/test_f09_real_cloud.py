@@ -7,6 +7,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import httpx2
 import pytest
 import sealed_models
 from sealed_models import OTHER_USER, leaks, probe
-from serving_cloud import CARRIED, MUSE, SMOL, Serving, serving
+from serving_cloud import CARRIED, MUSE, SMOL, Serving, Stream, serving
 from system.conftest import wait_until
 
 from sublet.base.wire import rest
@@ -49,6 +50,8 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 def cloud(opened: Serving) -> Iterator[Serving]:
     """With nothing deployed and nothing rented, before and after."""
     yield opened
+    for box in opened.consumer.instances.list():
+        opened.consumer.instances.terminate(box.id)
     for deployment in opened.owner.deployments.list():
         opened.retire(deployment.id)
     opened.audit()
@@ -62,8 +65,10 @@ def plaintext(cloud: Serving) -> list[str]:
     return [path for path in found if _sha256(Path(path)) not in open_ones]
 
 
-def door_of(cloud: Serving) -> Path:
-    [door] = cloud.cloud.data.glob("engine/homes/rep_*/model.sock")
+def door_of(cloud: Serving, deployment: rest.Deployment) -> Path:
+    [replica] = cloud.ready(deployment.id)
+    door = cloud.cloud.data / "engine" / "homes" / replica.id / "model.sock"
+    assert door.is_socket()
     return door
 
 
@@ -83,10 +88,78 @@ def looks(cloud: Serving, pids: list[int], door: Path) -> str:
     return LOOK % {"door": door, "data": cloud.cloud.data, "pids": " ".join(map(str, pids))}
 
 
-NOTHING = {"shared": "0", "scratch": "0", "sockets": "0", "files": "0", "servers": "0"}
+NOTHING = dict.fromkeys(("shared", "scratch", "sockets", "files", "servers", "opened"), "0")
 
 
-def test_f9_nobody_reaches_it_while_it_serves_and_nothing_is_left_after(cloud: Serving) -> None:
+def test_f9_a_job_beside_it_meets_nothing_of_it(cloud: Serving) -> None:
+    """The owner's own, which alone may stand on its node."""
+    if cloud.devices < 2:
+        pytest.skip("one device: nothing can stand beside the replica")
+    deployment = cloud.deploy(MUSE, min_replicas=1)
+    [server] = cloud.server_pids(MUSE)
+    door = door_of(cloud, deployment)
+    seen = run_job(cloud, "owner", looks(cloud, [server], door))
+    assert {name: seen[name] for name in NOTHING} == NOTHING
+    assert "No such file" in seen["door"]
+    assert "No such file" in seen["folder"]
+
+
+def test_f9_every_key_release_is_audited_and_a_revoked_grant_ends_it(cloud: Serving) -> None:
+    before = {(e.target, e.result) for e in releases(cloud)}
+    deployment = cloud.deploy(MUSE, min_replicas=1)
+    [replica] = cloud.ready(deployment.id)
+    fresh = [e for e in releases(cloud) if (e.target, e.result) not in before]
+    assert [(e.target, e.result, e.actor) for e in fresh] == [(replica.id, "ok", "system:models")]
+    assert fresh[0].detail["model"] == MUSE
+    assert fresh[0].at <= replica.ready_at
+    [node] = cloud.owner.nodes.list()
+    assert fresh[0].detail["node_id"] == node.id
+
+    grants = [g.organisation_id for g in cloud.owner.catalogue.grants(MUSE)]
+    assert grants == [rest.EVERYONE]
+    # One of two grants taken back ends nothing.
+    cloud.owner.catalogue.grant(MUSE, cloud.organisation)
+    cloud.owner.catalogue.revoke(MUSE)
+    assert cloud.stream(MUSE, 4).is_whole
+    assert [r.id for r in cloud.ready(deployment.id)] == [replica.id]
+    with cloud.streams(MUSE, 2, 400) as open_ones:
+        cloud.owner.catalogue.revoke(MUSE, cloud.organisation)
+        revoked_at = time.monotonic()
+    wait_until(lambda: cloud.stream(MUSE, 4).code == "model_not_allowed", 5, "nobody may call it")
+    wait_until(lambda: cloud.server_pids(MUSE) == [], 60, "its replica is gone")
+    taken = time.monotonic() - revoked_at
+    assert taken < 60
+    assert all(one.is_whole for one in open_ones), "what had begun was let end"
+    wait_until(lambda: not cloud.seen(deployment.id).replicas, 10, "and known to be gone")
+    gone = next(cloud.owner.deployments.replicas(deployment.id))
+    assert gone.reason == "grant_revoked"
+    print(f"the replica was gone {taken:.2f} s after the grant")
+    # Granted again it comes back, with a release of its own.
+    cloud.owner.catalogue.grant(MUSE)
+    cloud.until_ready(deployment.id)
+    assert len([e for e in releases(cloud) if e.result == "ok"]) == len(
+        {e.target for e in releases(cloud) if e.result == "ok"}
+    )
+
+
+def test_f9_a_foreign_sealed_model_without_a_verifier_is_never_loaded(cloud: Serving) -> None:
+    """It is kept as ciphertext, and its deployment says why no replica starts."""
+    before = len(releases(cloud))
+    cloud.add_plain("foreign", access="sealed", is_third_party=True, provider="Others")
+    cloud.owner.catalogue.grant("foreign")
+    (cloud.folder / "foreign.gguf").unlink()
+    deployment = cloud.owner.deployments.create(rest.DeploymentCreate(model="foreign"))
+    wait_until(lambda: cloud.seen(deployment.id).failure, 30, "it says why")
+    found = cloud.seen(deployment.id)
+    assert "attest" in str(found.failure)
+    assert cloud.ready(deployment.id) == []
+    refusals = releases(cloud)[before:]
+    assert refusals
+    assert {e.result for e in refusals} == {"attestation_required"}
+    assert plaintext(cloud) == []
+
+
+def test_f9_nobody_reaches_it_and_nothing_is_left_for_who_comes_after(cloud: Serving) -> None:
     assert plaintext(cloud) == []
     deployment = cloud.deploy(MUSE)
     answered = cloud.stream(MUSE, 24)
@@ -97,7 +170,7 @@ def test_f9_nobody_reaches_it_while_it_serves_and_nothing_is_left_after(cloud: S
     headers = {"authorization": f"Bearer {cloud.key}"}
     with httpx2.Client(base_url=cloud.url, headers=headers, trust_env=False) as http:
         shown = http.get("/v1/models").text + http.get(f"/v1/models/{MUSE}").text
-        for path in ("/metrics", "/slots", "/props", f"/v1/models/{MUSE}/weights", "/health"):
+        for path in ("/slots", "/props", "/lora-adapters", f"/v1/models/{MUSE}/weights"):
             assert http.get(path).status_code == 404, path
     assert MUSE in shown
     sealed = cloud.owner.catalogue.get(MUSE)
@@ -112,7 +185,7 @@ def test_f9_nobody_reaches_it_while_it_serves_and_nothing_is_left_after(cloud: S
     assert kept.value.code == "weights_sealed"
 
     # Its process and its socket, for another user of the machine and for the sandbox's own uid.
-    door = door_of(cloud)
+    door = door_of(cloud, deployment)
     [server] = cloud.server_pids(MUSE)
     if os.geteuid() == 0:
         address = sealed_models.weights_address(server)
@@ -146,94 +219,22 @@ def test_f9_nobody_reaches_it_while_it_serves_and_nothing_is_left_after(cloud: S
     assert run.started_at is not None
     assert all(r.gone_at is not None and r.gone_at <= run.started_at for r in replicas)
     assert plaintext(cloud) == []
-    assert not door.exists()
+    if door.exists():
+        assert _connects(0, door) == "ConnectionRefusedError", "nobody listens there any more"
     seen = run_job(cloud, "consumer", looks(cloud, [server], door))
     assert {name: seen[name] for name in NOTHING} == NOTHING
     assert "No such file" in seen["door"]
     assert "No such file" in seen["folder"]
-    assert seen["opened"] == "0"
-    # And it does not come back beside them.
-    time.sleep(1.5)
+    # And it does not come back beside them, though a request asks for it.
+    asked = Stream()
+    thread = threading.Thread(target=cloud.stream, args=(MUSE, 4, asked), daemon=True)
+    thread.start()
+    wait_until(lambda: "trangers" in str(cloud.seen(deployment.id).failure), 20, "refused")
     assert cloud.server_pids(MUSE) == []
-    assert "stranger" in str(cloud.seen(deployment.id).failure).lower() or not cloud.seen(
-        deployment.id
-    ).replicas
-    cloud.consumer.instances.terminate(box.id)
-    wait_until(
-        lambda: {d.use for d in cloud.owner.devices.list()} <= {"idle", "serving"}, 30, "free"
-    )
-
-
-def test_f9_a_job_beside_it_meets_nothing_of_it(cloud: Serving) -> None:
-    """The owner's own, which alone may stand on its node."""
-    if cloud.devices < 2:
-        pytest.skip("one device: nothing can stand beside the replica")
-    cloud.deploy(MUSE, min_replicas=1)
-    [server] = cloud.server_pids(MUSE)
-    seen = run_job(cloud, "owner", looks(cloud, [server, 1, 2, 3], door_of(cloud)))
-    assert {name: seen[name] for name in NOTHING} == NOTHING
-    assert "No such file" in seen["door"]
-    assert "No such file" in seen["folder"]
-    # Of the numbers tried, those of its own sandbox's first processes may exist.
-    pids = looks(cloud, [server], door_of(cloud))
-    assert run_job(cloud, "owner", pids)["opened"] == "0"
-
-
-def test_f9_every_key_release_is_audited_and_a_revoked_grant_ends_it(cloud: Serving) -> None:
-    before = {(e.target, e.result) for e in releases(cloud)}
-    deployment = cloud.deploy(MUSE, min_replicas=1)
-    [replica] = cloud.ready(deployment.id)
-    fresh = [e for e in releases(cloud) if (e.target, e.result) not in before]
-    assert [(e.target, e.result, e.actor) for e in fresh] == [(replica.id, "ok", "system:models")]
-    assert fresh[0].detail["model"] == MUSE
-    assert fresh[0].at <= replica.ready_at
-    [node] = cloud.owner.nodes.list()
-    assert fresh[0].detail["node_id"] == node.id
-
-    grants = [g.organisation_id for g in cloud.owner.catalogue.grants(MUSE)]
-    assert grants == [rest.EVERYONE]
-    # One of two grants taken back ends nothing.
-    cloud.owner.catalogue.grant(MUSE, cloud.organisation)
-    cloud.owner.catalogue.revoke(MUSE)
-    assert cloud.stream(MUSE, 4).is_whole
-    assert [r.id for r in cloud.ready(deployment.id)] == [replica.id]
-    with cloud.streams(MUSE, 2, 400) as open_ones:
-        cloud.owner.catalogue.revoke(MUSE, cloud.organisation)
-        revoked_at = time.monotonic()
-        refused = cloud.stream(MUSE, 4)
-    assert refused.code == "model_not_allowed", refused
-    wait_until(lambda: cloud.server_pids(MUSE) == [], 60, "its replica is gone")
-    taken = time.monotonic() - revoked_at
-    assert taken < 60
-    assert all(one.is_whole for one in open_ones), "what had begun was let end"
-    wait_until(lambda: not cloud.seen(deployment.id).replicas, 10, "and known to be gone")
-    gone = next(cloud.owner.deployments.replicas(deployment.id))
-    assert gone.reason == "grant_revoked"
-    print(f"the replica was gone {taken:.2f} s after the grant")
-    # Granted again it comes back, with a release of its own.
-    cloud.owner.catalogue.grant(MUSE)
-    cloud.until_ready(deployment.id)
-    assert len([e for e in releases(cloud) if e.result == "ok"]) == len(
-        {e.target for e in releases(cloud) if e.result == "ok"}
-    )
-
-
-def test_f9_a_foreign_sealed_model_without_a_verifier_is_never_loaded(cloud: Serving) -> None:
-    """It is kept as ciphertext, and its deployment says why no replica starts."""
-    before = len(releases(cloud))
-    cloud.add_plain("foreign", access="sealed", is_third_party=True, provider="Others")
-    cloud.owner.catalogue.grant("foreign")
-    (cloud.folder / "foreign.gguf").unlink()
-    deployment = cloud.owner.deployments.create(rest.DeploymentCreate(model="foreign"))
-    wait_until(lambda: cloud.seen(deployment.id).failure, 30, "it says why")
-    found = cloud.seen(deployment.id)
-    assert "attest" in str(found.failure)
-    assert cloud.ready(deployment.id) == []
-    refusals = releases(cloud)[before:]
-    assert refusals
-    assert {e.result for e in refusals} == {"attestation_required"}
-    assert cloud.stream("foreign", 4).failure is not None
-    assert plaintext(cloud) == []
+    assert cloud.seen(deployment.id).replicas == []
+    thread.join(60)
+    assert asked.is_refused, asked
+    assert asked.code == "no_replica"
 
 
 def _sha256(path: Path) -> str:

@@ -139,7 +139,6 @@ def test_ctrl_c_lets_streams_end_and_books_them(tmp_path: Path) -> None:
         needs_weights(made)
         made.deploy(SMOL)
         with made.streams(SMOL, 3, 60) as streams:
-            refused_at = threading.Event()
             closing = threading.Thread(target=made.cloud.close, args=(signal.SIGINT, 90))
             closing.start()
             host, port = made.url.removeprefix("http://").split(":")
@@ -149,7 +148,6 @@ def test_ctrl_c_lets_streams_end_and_books_them(tmp_path: Path) -> None:
                     return knocking.connect_ex((host, int(port))) != 0
 
             wait_until(is_shut, 20, "nothing new comes in")
-            refused_at.set()
         closing.join()
         assert [one.failure for one in streams] == [None] * 3
         assert rows(made.cloud) == [("ok", one.output) for one in sorted_by_end(streams)]
@@ -157,6 +155,7 @@ def test_ctrl_c_lets_streams_end_and_books_them(tmp_path: Path) -> None:
         assert processes_naming(str(tmp_path)) == []
         made.audit_command()
     finally:
+        made.cloud.forget_clients()
         if not made.cloud.process_ended():
             made.cloud.close(signal.SIGINT, 90)
 

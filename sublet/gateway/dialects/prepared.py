@@ -121,7 +121,7 @@ class Prepared:
 
     def count_body(self) -> bytes:
         """Where `needs_count`: asked of `count_path` first, its answer given to `counted`."""
-        raise NotImplementedError
+        raise AssertionError("a dialect with a `count_path` says what is asked there")
 
     def counted(self, status: int, raw: bytes) -> None:
         """Raises Refusal where input and cap exceed the context. An answer that is not
@@ -194,7 +194,7 @@ class Prepared:
         return self._join([raw], tier)
 
     def _join(self, raws: list[bytes], tier: str) -> tuple[bytes, Counts]:
-        raise NotImplementedError
+        raise AssertionError("a dialect reads its own answers")
 
     def events(self, tier: str, rid: bytes) -> Events:
         """For streams that are parsed; its `fail` for all streams."""

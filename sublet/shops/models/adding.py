@@ -5,6 +5,8 @@ All that is slow is done by `prepare`, outside every Work; `add_prepared` is the
 
 from __future__ import annotations
 
+import os
+import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -90,10 +92,12 @@ def add_prepared(work: Work, prepared: Prepared) -> Model:
 def _check_file(path: Path, new: NewModel) -> None:
     """It is a model file, of at least that context. Whatever else lies there is not told apart: its
     digest, and by a download its bytes, are for models only."""
-    with path.open("rb") as file:
-        start = file.read(len(_MAGIC))
-    if not path.is_file() or start != _MAGIC:
-        raise ModelInvalid(f"{path} is not a GGUF file.", param="path")
+    # Not to be waited for: a pipe or a device may lie there, and opening one can take for ever.
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(fd, "rb") as file:
+        is_file = stat.S_ISREG(os.fstat(fd).st_mode)
+        if not is_file or file.read(len(_MAGIC)) != _MAGIC:
+            raise ModelInvalid(f"{path} is not a GGUF file.", param="path")
     trained = _trained_context(path)
     if trained is not None and new.context > trained:
         raise ModelInvalid(
@@ -108,5 +112,5 @@ def _trained_context(path: Path) -> int | None:
         architecture = fields[gguf.Keys.General.ARCHITECTURE].contents()
         found = fields.get(gguf.Keys.LLM.CONTEXT_LENGTH.format(arch=architecture))
         return None if found is None else int(found.contents())
-    except (ValueError, LookupError, OverflowError, TypeError) as error:
+    except (ValueError, LookupError, OverflowError, TypeError, RecursionError) as error:
         raise ModelInvalid(f"{path} is no GGUF file that can be read.", param="path") from error

@@ -122,21 +122,25 @@ class Stage:
     thread that started it."""
     killed: dict[int, int] = field(default_factory=dict)
     open_at_death: list[UsageEvent] = field(default_factory=list)
+    one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     # ---- what is done to them ------------------------------------------------------------------
 
     async def kill_gateway(self) -> None:
-        """kill -9, and up again on the same folder and port; not before long streams were written
-        down."""
-        await asyncio.sleep(WRITTEN_SECONDS)
-        (epoch,) = [life for life in self._lives() if life not in self.killed]
-        self.gateway.kill()
-        self.killed[epoch] = time.time_ns() // 1000
+        """kill -9, and up again on the same folder and port; not before what it has open was
+        written down."""
+        async with self.one_at_a_time:
+            await asyncio.sleep(WRITTEN_SECONDS)
+            (epoch,) = [life for life in self._lives() if life not in self.killed]
+            self.gateway.kill()
+            self.killed[epoch] = time.time_ns() // 1000
+            self.open_at_death += self._open_rows(epoch)
+            await self._start(self.gateway.start)
+
+    def _open_rows(self, epoch: int) -> list[UsageEvent]:
         path = self.books.folder / self.gateway.name / str(epoch) / "inflight.json"
-        with contextlib.suppress(FileNotFoundError):
-            rows = json.loads(path.read_text())
-            self.open_at_death += [UsageEvent.from_json(json.dumps(row).encode()) for row in rows]
-        await self._start(self.gateway.start)
+        rows = json.loads(path.read_text()) if path.exists() else []
+        return [UsageEvent.from_json(json.dumps(row).encode()) for row in rows]
 
     async def kill_link(self) -> None:
         self.link.kill()

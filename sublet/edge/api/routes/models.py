@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter
 from fastapi import Path as InPath
 from sqlalchemy import Connection
+from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
 from sublet.base.kernel.errors import SubletError
@@ -26,10 +28,10 @@ from sublet.shops import models
 router = APIRouter(prefix="/v1/catalogue", tags=["models"], responses=declared())
 
 Grantee = Annotated[str, InPath(pattern=rest.GRANTEE)]
+_RANGE = re.compile(r"bytes=(\d{1,18})-(\d{0,18})")
 FILE: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": {"schema": {"type": "string"}}}},
     206: {"description": "The range that was asked for."},
-    416: {"description": "The file has no such range."},
     **declared(409),
 }
 
@@ -52,8 +54,8 @@ def add_model(call: Poster, body: rest.ModelCreate) -> Response:
 
     It can be called once it has a price and a deployment, a sealed one once it is granted, too.
     """
-    call.require(Action.MANAGE_MODELS)
     try:
+        call.require(Action.MANAGE_MODELS)
         prepared = _prepared(call, body)
     except SubletError as refusal:
         call.note_refusal("add_model", body.name, refusal)
@@ -151,8 +153,9 @@ def change_model(call: Caller, name: Id, body: rest.ModelPatch, expected: Expect
 
 
 @router.get("/{name}/weights", response_class=FileResponse, responses=FILE)
-def download_weights(call: Caller, name: Id) -> FileResponse:
-    """The file of an open model whose licence allows it. Sealed: 403 `weights_sealed`, always."""
+def download_weights(call: Caller, name: Id, request: Request) -> FileResponse:
+    """The file of an open model whose licence allows it, or one `bytes` range of it. Sealed: 403
+    `weights_sealed`, always."""
     call.require(Action.READ)
     try:
         with call.deps.store.work(call.actor) as work:
@@ -162,6 +165,7 @@ def download_weights(call: Caller, name: Id) -> FileResponse:
     except SubletError as refusal:
         call.note_refusal("download_weights", name, refusal)
         raise
+    _keep_range(request, found.size_bytes)
     digest = base64.b64encode(bytes.fromhex(found.sha256)).decode()
     return FileResponse(
         path,
@@ -169,6 +173,18 @@ def download_weights(call: Caller, name: Id) -> FileResponse:
         filename=f"{Path(name).name}.gguf",
         headers={"x-sha256": found.sha256, "repr-digest": f"sha-256=:{digest}:"},
     )
+
+
+def _keep_range(request: Request, size: int) -> None:
+    """A range that cannot be had, or is none, is not asked for: the answer is then the whole file,
+    as HTTP has it, and no failure of another shape than ours."""
+    asked = _RANGE.fullmatch(request.headers.get("range", ""))
+    if asked is not None:
+        start, end = int(asked[1]), int(asked[2] or size)
+        if start <= end and start < size:
+            return
+    headers = [pair for pair in request.scope["headers"] if pair[0] != b"range"]
+    request.scope["headers"] = headers
 
 
 @router.get("/{name}/prices")
