@@ -24,6 +24,8 @@ from sublet.sdk import ApiError, Client, ClientError, Gateway
 SMOL, MUSE, PLAIN = "smollm2-135m-instruct", "muse-tiny", "muse-plain"
 CARRIED = Path(str(files("sublet.shops.models").joinpath("carried/muse-tiny.gguf")))
 QUESTION = [{"role": "user", "content": "Say in some sentences why rivers meander."}]
+ENDLESS = {"0": -100, "2": -100}
+"""Of SMOL: it never comes to its end by itself, but makes as many tokens as it may."""
 READY_SECONDS = 60.0
 BOOKED_SECONDS = 20.0
 RETRY_SECONDS = 5
@@ -85,6 +87,8 @@ class Serving:
                 organisation_id=self.organisation, amount_micros=50_000_000, reference="for tests"
             )
         )
+        self.asked: list[Stream] = []
+        """Every answer that was asked for, in the order of their ends."""
         url = self.owner.status().gateway_url
         assert url is not None
         self.url: str = url
@@ -154,13 +158,18 @@ class Serving:
 
     # ---- its callers ----------------------------------------------------------------------
 
-    def stream(self, model: str, most: int, seen: Stream | None = None) -> Stream:
+    def stream(
+        self, model: str, most: int, seen: Stream | None = None, *, patience: float = 120.0
+    ) -> Stream:
         """Ask, and read the answer to its end, whatever that is."""
         seen = seen or Stream()
         seen.began_at = time.monotonic()
         try:
-            with Gateway(self.url, self.key) as gateway:
-                for piece in gateway.chat(model, QUESTION, max_tokens=most, temperature=0.7):
+            with Gateway(self.url, self.key, timeout_seconds=patience) as gateway:
+                more = {"logit_bias": ENDLESS} if model == SMOL else {}
+                for piece in gateway.chat(
+                    model, QUESTION, max_tokens=most, temperature=0.7, **more
+                ):
                     if piece.text:
                         seen.first_at = seen.first_at or time.monotonic()
                         seen.texts += 1
@@ -169,6 +178,7 @@ class Serving:
         except ClientError as error:
             seen.failure = error
         seen.ended_at = time.monotonic()
+        self.asked.append(seen)
         return seen
 
     @contextmanager
@@ -202,27 +212,38 @@ class Serving:
                 found[line.product.split(":")[1]] += line.quantity
         return found
 
-    def await_books(self, whole: list[Stream], cut: int = 0) -> list[rest.TokenUsage]:
-        """Exactly these answers are billed, and beside them so many that were cut off: the usage
-        that clients were told, the records and the invoice agree to the token."""
+    def await_books(self, *, lost: int = 0) -> None:
+        """All that was ever asked is billed once, and nothing else: what clients were told, the
+        records and the invoice agree to the token. What was cut is billed as far as it was
+        delivered; `lost` answers went with a gateway, and are billed to nobody."""
+        told = sorted((one.prompt, one.output) for one in self.asked if one.is_whole)
+        cut = {
+            one.failure.request_id: one
+            for one in self.asked
+            if isinstance(one.failure, ApiError) and one.texts
+        }
 
         def rows() -> list[rest.TokenUsage] | None:
-            found = [u for u in self.billed() if u.outcome not in ("failed", "lost")]
-            return found if len(found) >= len(whole) + cut else None
+            found = [u for u in self.billed() if u.outcome != "failed"]
+            return found if len(found) >= len(told) + len(cut) + lost else None
 
         found: list[rest.TokenUsage] = wait_until(rows, BOOKED_SECONDS, "the usage in the books")
-        ended = [u for u in found if u.outcome == "ok"]
-        told = sorted((one.prompt, one.output) for one in whole)
-        assert sorted((u.input_uncached + u.cache_read, u.output) for u in ended) == told
-        assert len(found) - len(ended) == cut, [u.outcome for u in found]
-        sums = {
+        whole = [u for u in found if u.outcome == "ok"]
+        assert sorted((u.input_uncached + u.cache_read, u.output) for u in whole) == told
+        broken = {u.id: u for u in found if u.outcome == "interrupted"}
+        assert set(broken) == set(cut)
+        for request_id, one in cut.items():
+            # A token may be a part of a character, and then shows with the next one.
+            assert one.texts <= broken[request_id].output <= one.texts + 3
+        free = [u for u in found if u.outcome == "lost"]
+        assert len(free) == lost == len(found) - len(whole) - len(broken)
+        assert not any(u.input_uncached or u.cache_read or u.output for u in free)
+        assert self.invoiced() == {
             "input": sum(u.input_uncached for u in found),
             "cached": sum(u.cache_read for u in found),
             "output": sum(u.output for u in found),
         }
-        assert self.invoiced() == sums
         self.audit()
-        return found
 
     def audit(self) -> None:
         verdict = self.owner.audit_books()

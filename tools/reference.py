@@ -30,6 +30,7 @@ from sublet.capacity.engines.simulated import SimulatedEngine
 from sublet.cli.main import app as cli
 from sublet.edge.api import Deps, create_api
 from sublet.edge.api.routes import ROUTERS
+from sublet.gateway.errors import KINDS
 from sublet.records.tenancy import Action
 from sublet.records.tenancy.policy import OWNERS_ACTS, ROLES
 
@@ -43,6 +44,7 @@ def pages() -> dict[str, str]:
         "settings.md": settings_page(),
         "commands.md": commands_page(),
         "errors.md": errors_page(),
+        "gateway-errors.md": gateway_errors_page(),
         "events.md": events_page(),
         "api.md": api_page(),
     }
@@ -178,6 +180,77 @@ def error_types() -> list[type[SubletError]]:
     """Every kind of error with a code of its own."""
     _import_everything()
     return [kind for kind in _subclasses(SubletError) if "code" in vars(kind)]
+
+
+WAYS_ON = {
+    "invalid_json": "Send one JSON object as the body.",
+    "invalid_request": "The message says what is wrong, `param` where.",
+    "unsupported_parameter": "Leave out the field that `param` names.",
+    "context_length_exceeded": "Shorten the input, or ask for less output.",
+    "sealed_parameter": "Leave it out: the weights of this model are sealed.",
+    "invalid_api_key": "Send a key that is valid, as `Authorization: Bearer KEY`.",
+    "insufficient_quota": "The organisation's credit is used up: add credit.",
+    "credit_exhausted": "Credit ended in the middle of a stream: what was delivered is billed.",
+    "budget_exceeded": "A budget is used up: the message names it, `retry-after` its end.",
+    "quota_exceeded": "The tokens of this day (UTC) are used up: `retry-after` says for how long.",
+    "standing_forbids": "The key, its role or its organisation may not call models: see the message.",
+    "model_not_allowed": "This key may not call that model: ask for another list or a grant.",
+    "model_not_found": "`GET /v1/models` of the gateway lists what this key may call.",
+    "unknown_url": "There is no such path here.",
+    "unsupported_surface": "It comes later: use another surface.",
+    "method_not_allowed": "`allow` names the methods that are right.",
+    "request_too_large": "Send less, or have `body_limit` raised.",
+    "headers_too_large": "Send fewer or shorter headers.",
+    "rate_limit_exceeded": "Send later: `retry-after`, and the `x-ratelimit` headers, say when.",
+    "model_overloaded": "All replicas are busy and the queue took too long: try again.",
+    "no_replica": "No replica is ready or can be reached: try again.",
+    "snapshot_stale": "The gateway has lost its control plane for too long: try again.",
+    "credit_unknown": "The gateway cannot ask for this key's credit now: try again.",
+    "unavailable": "This gateway takes no requests now, or made a mistake: try again.",
+    "stream_interrupted": "The stream broke off: what was delivered is billed. Ask anew.",
+}
+"""What to do next, by the gateway's code; its messages say more, case by case."""
+IN_STREAMS = "an error event"
+
+
+def gateway_errors_page() -> str:
+    statuses = gateway_statuses()
+    rows = [
+        (f"`{code}`", ", ".join(statuses.get(code, [IN_STREAMS])), *kinds, WAYS_ON[code])
+        for code, kinds in sorted(KINDS.items())
+    ]
+    return "\n".join(
+        [
+            "# Gateway errors",
+            MADE,
+            "What the model gateway refuses, in the form that the SDK of the surface expects: "
+            '`{"error": {"message", "type", "code", "param"}}` for OpenAI\'s, '
+            '`{"type": "error", "error": {"type", "message", "code", "param"}}` for Anthropic\'s. '
+            "One cause has one code, and codes are permanent. A stream that cannot go on ends with "
+            "such an object as its last event, and no end mark.",
+            "",
+            *_table(("code", "status", "OpenAI's type", "Anthropic's type", "what to do"), rows),
+            "",
+        ]
+    )
+
+
+def gateway_statuses() -> dict[str, list[str]]:
+    """The statuses under which each code leaves the gateway, read off the places that refuse."""
+    found: dict[str, set[str]] = {}
+    root = Path(sublet.__path__[0]) / "gateway"
+    for path in sorted(root.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or len(node.args) < 2:
+                continue
+            told = [a.value if isinstance(a, ast.Constant) else None for a in node.args[:2]]
+            if isinstance(told[0], int) and isinstance(told[1], str):
+                found.setdefault(told[1], set()).add(str(told[0]))
+    # Said by the control plane, in an allowance or a key's policy; `state` gives them their status.
+    found["insufficient_quota"] = {"402"}
+    for code in ("budget_exceeded", "quota_exceeded", "standing_forbids"):
+        found[code] = {"403"}
+    return {code: sorted(statuses) for code, statuses in found.items()}
 
 
 def events_page() -> str:

@@ -16,6 +16,7 @@ from threading import Event
 
 import structlog
 
+from sublet.base.kernel.errors import Conflict
 from sublet.base.kernel.interval import micros_since_epoch
 from sublet.base.store import Actor, Store
 from sublet.base.wire.gateway import Malformed, Snapshot, read_snapshot, write_snapshot
@@ -55,6 +56,7 @@ class Publisher:
         self._gateways = gateways
         self._fresh = min(FRESH, stale / STALE_SHARE)
         self._tell = tell
+        self._composer = models.Composer()
         self._content: bytes | None = None
         """What the file says, but for its number and instant."""
         self._number = 0
@@ -75,9 +77,11 @@ class Publisher:
         if self._not_before is not None and now < self._not_before:
             return self._not_before
         with self._store.read() as tx:
-            made = models.compose(tx, number=0, now=now, gateways=self._gateways)
+            made = self._composer.compose(tx, number=0, now=now, gateways=self._gateways)
         try:
             self._publish(made, now)
+        except Conflict:
+            return now  # A replica began to leave meanwhile: compose anew.
         except OSError as error:
             log.error("snapshot_not_written", why=str(error))
             return now + timedelta(seconds=1)

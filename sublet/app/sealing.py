@@ -2,12 +2,13 @@
 
 From its file it is read anew each time, so that one which was restored is found without a restart;
 from stdin it lives in memory, and reaches a child by a pipe. Without it sealed models stay closed,
-and nothing else does.
+and nothing else does. A process that holds it leaves no core file: the key would lie in that.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def key_at_start(
     settings: Settings, store: Store, given: bytes | None, say: Callable[[str], None]
 ) -> KeyEncryptionKey | None:
     """The key, made if nothing was ever sealed; None with a sentence where it cannot be had."""
+    _leave_no_core()
     if given is not None:
         return KeyEncryptionKey(given)
     with store.read() as tx:
@@ -45,6 +47,7 @@ def key_at_start(
 
 def key_of_child(app: App, key_fd: int | None) -> KeyOf:
     """What the loops ask when a sealed model starts."""
+    _leave_no_core()
     if key_fd is not None:
         with os.fdopen(key_fd, "rb") as pipe:
             given = KeyEncryptionKey(pipe.read())
@@ -59,6 +62,11 @@ def key_of_child(app: App, key_fd: int | None) -> KeyOf:
             return None
 
     return read
+
+
+def _leave_no_core() -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, most))
 
 
 def _path(settings: Settings, store: Store) -> Path:

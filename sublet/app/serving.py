@@ -10,6 +10,7 @@ from starlette.types import ASGIApp
 
 from sublet import __version__
 from sublet.app.publish import await_published
+from sublet.app.sealing import key_of_child
 from sublet.app.wiring import App, trial_credit
 from sublet.base.kernel.errors import SubletError
 from sublet.base.store.installation import last_seen
@@ -44,6 +45,8 @@ def create_app(app: App, ssh_address: tuple[str, int] | None) -> ASGIApp:
             ssh_host=None if ssh_address is None else ssh_address[0],
             ssh_port=None if ssh_address is None else ssh_address[1],
             gateway_url=lambda: (app.folder.read_running() or {}).get("gateway_url"),
+            models_folder=app.folder.models,
+            sealing_key=key_of_child(app, None),
             loop_lag_seconds=lag,
             await_snapshot=lambda after: await_published(app.folder.gateway, after),
         )

@@ -461,7 +461,7 @@ def _show_deployment(found: rest.Deployment) -> None:
             ("model", found.model),
             ("state", found.state),
             ("replicas", f"{found.min_replicas}–{found.max_replicas}, now {found.wanted} wanted"),
-            ("each", f"{found.devices} devices, {found.slots} requests side by side"),
+            ("each", f"{values.devices(found.devices)}, {found.slots} requests side by side"),
             ("leaves in", values.length(found.drain_seconds)),
             ("idle after", values.length(found.idle_seconds)),
             ("waiting", found.waiting or None),

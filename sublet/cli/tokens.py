@@ -14,7 +14,7 @@ import typer
 from sublet.base.kernel.clock import read_boot_ns
 from sublet.cli import profile, values
 from sublet.cli.commands import MODELS, Json, client, command
-from sublet.cli.errors import CliError
+from sublet.cli.errors import CliError, UsageError
 from sublet.cli.screen import facts, progress, show, show_json, table
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def chat(
             talk.ask(sys.stdin.read() if prompt == "-" else prompt, as_json=as_json)
             return
         if not sys.stdin.isatty():
-            raise CliError("say what to ask, or `-` to read it.")
+            raise UsageError("say what to ask, or `-` to read it.")
         show(f"{name}: end with an empty line or Ctrl-D.")
         while True:
             try:
@@ -108,16 +108,21 @@ class _Talk:
         more = {} if self.temperature is None else {"temperature": self.temperature}
         begun, first = read_boot_ns(), 0
         said, used = [], (0, 0)
-        for piece in self.gateway.chat(
-            self.model, self.messages, max_tokens=self.max_tokens, tier=self.tier, **more
-        ):
-            if piece.text:
-                first = first or read_boot_ns()
-                said.append(piece.text)
-                if not as_json:
-                    print(piece.text, end="", flush=True)
-            if piece.completion_tokens or piece.prompt_tokens:
-                used = (piece.prompt_tokens, piece.completion_tokens)
+        try:
+            for piece in self.gateway.chat(
+                self.model, self.messages, max_tokens=self.max_tokens, tier=self.tier, **more
+            ):
+                if piece.text:
+                    first = first or read_boot_ns()
+                    said.append(piece.text)
+                    if not as_json:
+                        print(piece.text, end="", flush=True)
+                if piece.completion_tokens or piece.prompt_tokens:
+                    used = (piece.prompt_tokens, piece.completion_tokens)
+        finally:
+            # What went wrong is said on a line of its own.
+            if said and not as_json:
+                print(flush=True)
         answer = "".join(said)
         self.messages.append({"role": "assistant", "content": answer})
         seconds = (read_boot_ns() - begun) / 1e9
@@ -134,7 +139,6 @@ class _Talk:
                 )
             )
             return
-        print(flush=True)
         wait = f", first after {(first - begun) / 1e6:.0f} ms" if first else ""
         print(
             f"[{used[0]} tokens in, {used[1]} out, {seconds:.1f} s{wait}]",
@@ -213,7 +217,7 @@ def bench(
         return
     facts(
         [
-            ("model", f"{name}, {ready} replicas of {deployment.devices} devices"),
+            ("model", f"{name}, replicas: {ready}, each with {values.devices(deployment.devices)}"),
             ("asked", f"{count.requests} times in {taken:.1f} s, {side} side by side"),
             ("made", f"{count.output} tokens from {count.prompt}"),
             ("a device-hour", f"{hourly:,} output tokens"),

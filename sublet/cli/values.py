@@ -94,6 +94,10 @@ def device_hours(device_ms: int) -> str:
     return f"{device_ms / 3_600_000:.4f}"
 
 
+def devices(count: int) -> str:
+    return "1 device" if count == 1 else f"{count} devices"
+
+
 def size(count: int) -> str:
     value = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):

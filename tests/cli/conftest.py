@@ -6,7 +6,7 @@ import json
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
@@ -36,7 +36,10 @@ def sample(annotation: Any, *, bare: bool = False) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         fields = annotation.model_fields.items()
         return annotation(**{n: sample(f.annotation, bare=bare) for n, f in fields})
-    known: dict[Any, Any] = {str: "words", int: 1, bool: True, float: 1.0, datetime: AT, Any: "any"}
+    known: dict[Any, Any] = {
+        **{str: "words", int: 1, bool: True, float: 1.0, datetime: AT, Any: "any"},
+        date: AT.date(),
+    }
     return known[annotation]
 
 
@@ -48,6 +51,7 @@ class Cloud:
     answers: dict[str, list[Any]] = field(default_factory=dict)
     bare: bool = False
     text: list[str] = field(default_factory=lambda: ["line one\n", "line two\n"])
+    file: list[bytes] = field(default_factory=lambda: [b"GGUF", b"weights"])
 
     def answer(self, method: str, path: str, shape: Any, body: Any) -> Any:
         self.asked.append((method, path, body))
@@ -57,7 +61,7 @@ class Cloud:
             if isinstance(found, Exception):
                 raise found
             return found
-        return sample(shape, bare=self.bare)
+        return b"" if shape is bytes else sample(shape, bare=self.bare)
 
     def last(self) -> tuple[str, str, Any]:
         method, path, body = self.asked[-1]
@@ -101,6 +105,10 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Cloud:
         def stream_text(self, path: str, **query: Any) -> Iterator[str]:
             told.answer("GET", path, str, None)
             yield from told.text
+
+        def stream_bytes(self, path: str, **query: Any) -> Iterator[bytes]:
+            told.answer("GET", path, bytes, None)
+            yield from told.file
 
     monkeypatch.setattr("sublet.sdk.client.Transport", FakeTransport)
     monkeypatch.setenv("SUBLET_URL", "http://cloud.test")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 from collections.abc import Iterator
@@ -37,6 +38,22 @@ CALLS = {
     "start": "ins_1",
     "terminate": "ins_1 --yes",
     "cancel": "job_1 --yes",
+    "models list": "",
+    "models show": "tiny",
+    "models download": "tiny --out {out}",
+    "models add": "tiny --file {toml} --licence MIT --quantization Q8_0 --context 512",
+    "models price": "tiny --input 0.04 --cached 0 --output 0.16 --from 1d",
+    "models grant": "tiny --to org_1",
+    "models revoke": "tiny",
+    "models lifecycle": "tiny legacy --end-of-life-on 2027-06-01",
+    "deploy": "tiny --min 1 --max 2",
+    "deployments list": "",
+    "deployments show": "words",
+    "deployments scale": "words --max 3",
+    "deployments retire": "words --yes",
+    "tokens": "--last 5",
+    "limits": "prj_1 --tokens-per-day 1000",
+    "gateways": "",
     "usage": "",
     "balance": "",
     "invoice": "",
@@ -79,6 +96,8 @@ CALLS = {
     "payment": "org_1 5.00 --reference two",
     "audit": "",
 }
+WITH_A_GATEWAY = {"chat", "bench"}
+"""Those that talk to models: tests/cli/test_models_commands.py."""
 NO_ANSWER_OF_THEIR_OWN = {"exec", "logs", "excess", "rate-card show"}
 
 
@@ -99,7 +118,7 @@ def words(tmp_path: Path) -> Any:
     toml.write_text("a = 1\n")
 
     def of(name: str, *more: str) -> list[str]:
-        call = CALLS[name].format(toml=toml)
+        call = CALLS[name].format(toml=toml, out=tmp_path / "out.gguf")
         before, dashes, after = call.partition("-- ")
         return [*name.split(), *shlex.split(before), *more, *shlex.split(dashes + after)]
 
@@ -107,7 +126,7 @@ def words(tmp_path: Path) -> Any:
 
 
 def test_every_command_is_tried_here() -> None:
-    assert {name for name, _ in leaves()} - HERE - {"ssh"} == set(CALLS)
+    assert {name for name, _ in leaves()} - HERE - WITH_A_GATEWAY - {"ssh"} == set(CALLS)
 
 
 @pytest.mark.parametrize("name", sorted({n for n, _ in leaves()}))
@@ -152,6 +171,12 @@ def _prepare(cloud: Cloud, name: str, bare: bool) -> None:
         cloud.answers["/v1/pools"] = [[sample(rest.Pool, bare=True)]]
         cloud.answers["/v1/nodes"] = [[sample(rest.Node, bare=True)]]
         cloud.answers["/v1/me"] = [sample(rest.Me)]
+    if name == "models download":
+        whole = hashlib.sha256(b"".join(cloud.file)).hexdigest()
+        model = sample(rest.CatalogueModel, bare=bare).model_copy(update={"sha256": whole})
+        cloud.answers["/v1/catalogue/tiny"] = [model]
+    if name.startswith("deployments ") and name != "deployments list":
+        cloud.answers["/v1/deployments"] = [[sample(rest.Deployment, bare=bare)]]
     if name == "cancel":
         job = sample(rest.Workload, bare=bare).model_copy(update={"kind": "job"})
         cloud.answers["/v1/jobs/job_1"] = [job]
@@ -185,6 +210,17 @@ def test_rent_asks_for_a_price_and_accepts_that_quote(
     assert (quoted.notice_seconds, quoted.max_price_micros_per_device_hour) == (120, 50_000)
     assert (rented.quote_id, rented.name, rented.env) == ("words", "box", {"A": "b=c"})
     assert rented.ssh_keys == ["ssh-ed25519 AAAA me"]
+
+
+def test_a_price_of_nothing_has_to_be_said(cloud: Cloud, run: Run) -> None:
+    """An empty word is a variable that is not set, and no gift of tokens."""
+    price = ("models", "price", "mine", "--cached", "0", "--output", "0.16", "--input")
+    for word in ("", ".", "-0"):
+        assert run(*price, word).code == 2
+    assert cloud.asked == []
+    assert run(*price, "0.00").code == 0
+    _, _, sent = cloud.last()
+    assert (sent["input_micros"], sent["cached_micros"], sent["output_micros"]) == (0, 0, 160_000)
 
 
 def test_run_sends_the_words_after_the_dashes_as_they_are(cloud: Cloud, run: Run) -> None:

@@ -13,6 +13,8 @@ import typer
 
 from sublet.app.settings import Settings
 from sublet.cli.main import app
+from sublet.gateway.dialects import SURFACES
+from sublet.gateway.pages import MODELS
 from sublet.rights import market
 from sublet.rights.market import ratecard
 
@@ -100,7 +102,8 @@ def test_variables_targets_and_metrics_exist(page: Path) -> None:
     for name in re.findall(r"`make ([a-z]+)", text):
         assert name in targets, f"there is no `make {name}`"
     for name in re.findall(r"`(sublet_[a-z_]+)`", text):
-        assert f'"{name}"' in source, f"there is no metric {name}"
+        said = f'"{name}"' in source or f"# TYPE {name} " in source
+        assert said, f"there is no metric {name}"
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +114,9 @@ def routes(reference: ModuleType) -> set[tuple[str, str]]:
         for method in operations
     }
     inside = {("GET", "/v1/metadata"), ("GET", "/v1/metadata/interruption")}
-    return documented | inside | {("GET", "/openapi.json")}
+    of_models = {("GET", found) for found in (MODELS.decode(), f"{MODELS.decode()}/*", "/health")}
+    called = {("POST", path.decode()) for path in SURFACES}
+    return documented | inside | of_models | called | {("GET", "/openapi.json")}
 
 
 @pytest.mark.parametrize("page", PAGES)

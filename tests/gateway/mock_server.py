@@ -436,13 +436,13 @@ class Connection:
             cuts.append(whole_cut)
         self.sent += len(data)
         begin = 0
-        for at in sorted(cuts):
+        for at in [*sorted(cuts), len(data)]:
+            if self.writer.transport.is_closing():
+                raise ConnectionResetError
             self.writer.write(data[begin:at])
             begin = at
-            await asyncio.sleep(APART_SECONDS)
-        self.writer.write(data[begin:])
-        if self.writer.transport.is_closing():
-            raise ConnectionResetError
+            if at < len(data):
+                await asyncio.sleep(APART_SECONDS)
 
 
 class MockServer:

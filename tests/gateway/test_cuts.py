@@ -72,7 +72,6 @@ def test_a_client_goes_while_it_waits(tmp_path: Path) -> None:
             )
             await go_away(gateway, chat("n=500 delay=0.02", n=3), lambda: mock.open == 3)
             await until(lambda: not mock.open)
-            assert not g.requests == 0
             assert all(row.outcome == "client_gone" for row in gateway.rows())
             assert all(row.micros == 0 for row in gateway.rows())
         for held in kept:

@@ -12,7 +12,7 @@ from serving_cloud import CARRIED, PLAIN, SMOL, Serving, Steady, Stream, needs_w
 from system.conftest import wait_until
 
 from sublet.base.wire import rest
-from sublet.sdk import ApiError
+from sublet.sdk import ApiError, Gateway
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -89,6 +89,10 @@ def test_a_server_that_dies_at_each_start_is_tried_less_and_less(cloud: Serving)
     at = data.index(b"llama", data.index(b"general.architecture"))
     cloud.add_plain("odd", data=data[:at] + b"lhama" + data[at + 5 :])
     deployment = cloud.owner.deployments.create(rest.DeploymentCreate(model="odd"))
+    asked = Stream()
+    thread = threading.Thread(target=cloud.stream, args=("odd", 8, asked))
+    wait_until(lambda: "odd" in Gateway(cloud.url, cloud.key).models(), 10, "it may be called")
+    thread.start()
 
     def tried() -> list[rest.Replica]:
         return list(cloud.owner.deployments.replicas(deployment.id))
@@ -105,11 +109,7 @@ def test_a_server_that_dies_at_each_start_is_tried_less_and_less(cloud: Serving)
     assert found.retry_at is not None
     said = cloud.command("deployments", "list", "--json")
     assert "lhama" in said.stdout, said.stdout + said.stderr
-    asked = Stream()
-    thread = threading.Thread(target=cloud.stream, args=("odd", 8, asked))
-    thread.start()
-    wait_until(lambda: cloud.seen(deployment.id).waiting == 1, 10, "it waits")
-    cloud.owner.deployments.retire(deployment.id)
+    # Who asked for it meanwhile is told to come again.
     thread.join(60)
     assert asked.is_refused, asked
     assert asked.code == "no_replica"

@@ -86,7 +86,8 @@ def _answers_are_billed(found: Evidence, events: Mapping[str, UsageEvent]) -> It
             if event is not None and event.outcome != Outcome.FAILED:
                 yield f"{seen}: refused, and booked as {event.outcome}"
         elif seen.end == "left" and event is not None and event.output < seen.tokens:
-            yield f"{seen}: {seen.tokens} tokens came before it left, {event.output} are billed"
+            if event.outcome != Outcome.LOST:
+                yield f"{seen}: {seen.tokens} tokens came before it left, {event.output} are billed"
         elif seen.end in ("open", "cut") and not _died_with_it(seen.rid, found):
             yield f"{seen}: the connection ended under it, and no gateway was killed"
 

@@ -24,7 +24,7 @@ from linked import SYSTEM, GatewayProcess, LinkedBooks, LinkProcess, open_linked
 from sublet.base.kernel.money import Money
 from sublet.base.wire.gateway import Price, SpoolReader, UsageEvent
 from sublet.money import billing
-from sublet.records import ledger, metering
+from sublet.records import ledger, metering, tenancy
 from sublet.shops import models
 from sublet.shops.models import store as model_rows
 
@@ -39,6 +39,8 @@ CREDIT = "1000"
 POOR_CREDIT = "0.001500"
 """Some forty small answers, of several hundred asked for."""
 ODD_PRICE = {"input_micros": 333_333, "cached_micros": 77_777, "output_micros": 1_234_567}
+WIDE = {"requests_per_minute": 10_000_000, "tokens_per_minute": 10_000_000_000}
+"""No limit is to be reached here."""
 LOOK_SECONDS = 0.01
 WRITTEN_SECONDS = 1.1
 
@@ -282,6 +284,10 @@ def _more_books(books: LinkedBooks) -> tuple[billing.SignedUp, str]:
             ),
         )  # fmt: skip
         version = models.set_price(work, ODD, tier="default", **ODD_PRICE).version
+        for organisation_id in (books.org, poor.organisation.id):
+            tenancy.set_limits(
+                work, tenancy.ScopeKind.ORGANISATION, organisation_id, tenancy.Limits(**WIDE)
+            )
         billing.record_payment(
             work, poor.organisation.id, Money.parse(POOR_CREDIT), reference="bank-poor"
         )

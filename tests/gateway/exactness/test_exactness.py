@@ -88,11 +88,11 @@ def _all_of_it_happened(stage: Stage, seen: list[Seen], found: Evidence) -> None
     assert len(stage.killed) == 2
     outcomes = Counter(event.outcome for event in found.booked)
     ends = Counter(one.end for one in seen)
-    print(f"{len(seen)} requests: {dict(ends)}; rows: {dict(outcomes)}")
+    codes = Counter(one.code for one in seen if one.code)
+    print(f"{len(seen)} requests: {dict(ends)}; rows: {dict(outcomes)}; refusals: {dict(codes)}")
     for outcome in (Outcome.OK, Outcome.CLIENT_GONE, Outcome.INTERRUPTED, Outcome.FAILED):
         assert outcomes[outcome] > 10, outcomes
     assert outcomes[Outcome.LOST] > 0, "streams were open when gateways were killed"
-    codes = Counter(one.code for one in seen)
     assert codes["insufficient_quota"] > 0, codes
     unknown = sum(one.end == "cut" and not one.rid for one in seen)
     assert unknown <= 2 * CONNECTIONS * len(stage.killed), "connections ended without a kill"
