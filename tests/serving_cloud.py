@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -29,11 +29,9 @@ ENDLESS = {"0": -100, "2": -100}
 READY_SECONDS = 60.0
 BOOKED_SECONDS = 20.0
 RETRY_SECONDS = 5
-MICRO_A_TOKEN = {
-    "input_micros": 2_000_000,
-    "cached_micros": 1_000_000,
-    "output_micros": 3_000_000,
-}
+WHOLE_MICROS = rest.TokenPriceCreate(
+    tier="default", input_micros=2_000_000, cached_micros=1_000_000, output_micros=3_000_000
+)
 """A million tokens' price in micros, such that no token of any class is lost in rounding."""
 
 
@@ -119,7 +117,7 @@ class Serving:
         return made
 
     def price(self, name: str) -> None:
-        self.owner.catalogue.set_price(name, rest.TokenPriceCreate(tier="default", **MICRO_A_TOKEN))
+        self.owner.catalogue.set_price(name, WHOLE_MICROS)
 
     def deploy(self, model: str, ready: int = 1, **fields: Any) -> rest.Deployment:
         """Deployed, and so many replicas of it ready."""
@@ -166,7 +164,7 @@ class Serving:
         seen.began_at = time.monotonic()
         try:
             with Gateway(self.url, self.key, timeout_seconds=patience) as gateway:
-                more = {"logit_bias": ENDLESS} if model == SMOL else {}
+                more: dict[str, Any] = {"logit_bias": ENDLESS} if model == SMOL else {}
                 for piece in gateway.chat(
                     model, QUESTION, max_tokens=most, temperature=0.7, **more
                 ):
@@ -391,6 +389,3 @@ def needs_weights(made: Serving) -> None:
     model = made.owner.catalogue.get(SMOL)
     if not model.may_be_deployed:
         pytest.skip(f"{SMOL} is not here: {model.hint}")
-
-
-Waiter = Callable[[Callable[[], Any], float, str], Any]

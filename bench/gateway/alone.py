@@ -19,7 +19,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -264,7 +263,7 @@ class Alone:
 
     def __init__(
         self,
-        folder: Path | None = None,
+        folder: Path,
         *,
         models: Sequence[ModelRoute],
         callers: Sequence[Caller],
@@ -273,10 +272,7 @@ class Alone:
         stale_seconds: int = 86_400,
         core: int | None = None,
     ) -> None:
-        self._own = (
-            tempfile.TemporaryDirectory(prefix="sublet-gateway-") if folder is None else None
-        )
-        self.folder = Path(self._own.name) if self._own is not None else folder
+        self.folder = folder
         self.callers = {caller.id: caller for caller in callers}
         self.models = {route.name: route for route in models}
         self.number = 0
@@ -345,8 +341,6 @@ class Alone:
         self.stop()
         self.granter.close()
         self._listening.close()
-        if self._own is not None:
-            self._own.cleanup()
 
     def start(self) -> None:
         """Returns once it serves."""

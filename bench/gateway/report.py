@@ -42,7 +42,7 @@ def of(result: Result, name: str, scenario: str, *path: str) -> float | None:
         return None
     for part in path:
         found = found.get(part) if found else None
-    return found
+    return None if found is None else float(found)
 
 
 def request(result: Result, name: str) -> float | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from sublet.base.store import StoreUnavailable
 from sublet.base.wire import rest
 from sublet.sdk import ApiError, Client
 from sublet.shops import models
@@ -165,6 +166,22 @@ def test_a_sealed_one_is_sealed_on_its_way_in(world: Any, tmp_path: Path) -> Non
         assert models.get_model(tx, "my-model").path == str(kept.resolve())
     assert wrapped is not None
     assert len(KEK.unwrap(wrapped)) == 32
+
+
+def test_what_was_added_stays_though_its_answer_was_lost(world: Any, tmp_path: Path) -> None:
+    can_seal(world, tmp_path)
+
+    def lose() -> None:
+        raise StoreUnavailable("The connection was lost as it was committed.")
+
+    world.store.on_commit = lose
+    # The client asks again, and is given the answer that was kept.
+    assert world.owner.catalogue.add(a_model(access="sealed")).name == "my-model"
+    world.store.on_commit = None
+    with world.store.read() as tx:
+        assert Path(models.get_model(tx, "my-model").path).is_file()
+    refused(lambda: world.owner.catalogue.add(a_model(access="sealed")), 409, "model_exists")
+    assert len(list(tmp_path.glob("*.sealed"))) == 1
 
 
 # ---- who may ------------------------------------------------------------------------------------

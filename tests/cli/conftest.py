@@ -37,7 +37,12 @@ def sample(annotation: Any, *, bare: bool = False) -> Any:
         fields = annotation.model_fields.items()
         return annotation(**{n: sample(f.annotation, bare=bare) for n, f in fields})
     known: dict[Any, Any] = {
-        **{str: "words", int: 1, bool: True, float: 1.0, datetime: AT, Any: "any"},
+        str: "words",
+        int: 1,
+        bool: True,
+        float: 1.0,
+        datetime: AT,
+        Any: "any",
         date: AT.date(),
     }
     return known[annotation]

@@ -33,7 +33,7 @@ def opened() -> Iterator[tuple[Path, dict[str, Any]]]:
         cloud = subprocess.Popen(
             [
                 *(*SUBLET, "up", "--data", str(data), "--port", "0", "--ssh-port", "0"),
-                *("--trusted-tenants", "--ready-file", str(ready)),
+                *("--gateway-port", "0", "--trusted-tenants", "--ready-file", str(ready)),
             ],
             stdout=log,
             stderr=log,

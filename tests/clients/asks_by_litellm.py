@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import litellm
 import openai
 
 url, key, chat_model, embedding_model = sys.argv[1:]
 litellm.suppress_debug_info = True
-asked = {
+asked: dict[str, Any] = {
     "model": f"openai/{chat_model}",
     "api_base": url,
     "api_key": key,
@@ -26,12 +27,13 @@ texts = ["A cat sits on the mat.", "Interest rates rose."]
 vectors = litellm.embedding(
     model=f"openai/{embedding_model}", input=texts, api_base=url, api_key=key
 )
-refused = {}
-for name, change in {
+changes: dict[str, dict[str, Any]] = {
     "key": {"api_key": "sk-nobody"},
     "model": {"model": "openai/gpt-9"},
     "length": {"messages": [{"role": "user", "content": "many words " * 2000}]},
-}.items():
+}
+refused = {}
+for name, change in changes.items():
     try:
         litellm.completion(**{**asked, **change}, num_retries=0)
     except openai.APIError as error:

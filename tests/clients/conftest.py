@@ -76,6 +76,16 @@ class Shop:
         """Rows in the spool."""
         return sum(1 for epoch in self.gateway.epochs() for _ in self.gateway.events(epoch))
 
+    def await_idle(self, model: str, seconds: float = 5.0) -> None:
+        """Until the real server of a model has nothing in hand."""
+        end = time.monotonic() + seconds
+        while True:
+            found = LLAMA.gauges(str(self.folder / model / MODEL_SOCKET))
+            if found is not None and not found.processing and not found.deferred:
+                return
+            assert time.monotonic() < end, f"{model} works on for nobody: {found}"
+            threading.Event().wait(0.02)
+
     @contextlib.contextmanager
     def mock(self, name: str) -> Iterator[None]:
         """A mock behind the replica that the model `gone` has, for as long as this lasts."""

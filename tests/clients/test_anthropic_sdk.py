@@ -171,7 +171,7 @@ def test_a_cut_stream_raises_and_bills_what_was_delivered(
     with client.messages.stream(
         model=MOCKED, messages=steer("n=20 die=7 delay=0.001"), max_tokens=64
     ) as stream:
-        got = []
+        got: list[str] = []
         with pytest.raises(anthropic.APIError, match="interrupted"):
             got.extend(stream.text_stream)
         rid = stream.response.headers["x-request-id"]

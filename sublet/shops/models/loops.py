@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Executor
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 import structlog
@@ -248,7 +249,8 @@ class ModelsLoop:
             staying = [r for r in live if r.state is not ReplicaState.DRAINING]
             load = _load(tx, deployment, staying)
             forbidden = _why_not(tx, deployment, model, now)
-        scaled = scaling.decide(deployment, load, now=now)
+        fresh = replace(deployment, last_asked_at=_idle_since(deployment, staying, now))
+        scaled = scaling.decide(fresh, load, now=now)
         self._remember(deployment, scaled, load)
         self._forgive(deployment, staying, now)
         if deployment.state is DeploymentState.RETIRING and not live:
@@ -369,6 +371,12 @@ class ModelsLoop:
         )
         store.insert_replica(work.tx, replica)
         _tell(work, replica, ReplicaState.STARTING)
+
+
+def _idle_since(deployment: Deployment, staying: list[Replica], now: datetime) -> datetime:
+    """Nobody can have asked what did not serve yet: one that starts is not idle, however long it
+    takes, and its time counts from when it was ready."""
+    return max([deployment.last_asked_at, *(one.ready_at or now for one in staying)])
 
 
 def _end_of(workload: compute.Workload) -> str:

@@ -6,12 +6,14 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 CONNECTIONS = 32
 READ_SECONDS = 60.0
+PAUSE_SECONDS = 0.2
+"""Of a client that was told to come again later."""
 
 
 @dataclass(slots=True)
@@ -51,7 +53,9 @@ class Crowd:
     seed: int
     seen: list[Seen] = field(default_factory=list)
 
-    async def ask(self, count: int, at: dict[int, Callable[[], Awaitable[None]]]) -> None:
+    async def ask(
+        self, count: int, at: Mapping[int, Callable[[], Coroutine[None, None, None]]]
+    ) -> None:
         """So many requests; `at`: what is done beside them after so many were begun."""
         rng = random.Random(self.seed)
         plans = [self._plan(rng) for _ in range(count)]
@@ -80,6 +84,8 @@ class Crowd:
                     ) from error
                 if not connection.is_open:
                     connection = None
+                if seen.code == "no_replica":
+                    await asyncio.sleep(PAUSE_SECONDS)
             if connection is not None:
                 connection.close()
 

@@ -33,13 +33,14 @@ from .crowd import Key
 
 COUNTING = Path(__file__).with_name("counting.py")
 PLAIN, ODD = "mock", "odd"
-REPLICAS = {"rep_1": PLAIN, "rep_2": PLAIN, "rep_3": ODD, "rep_4": ODD}
+REPLICAS = {"rep_1": PLAIN, "rep_2": ODD, "rep_3": PLAIN, "rep_4": ODD}
 SLOTS = 24
 CREDIT = "1000"
 POOR_CREDIT = "0.001500"
 """Some forty small answers, of several hundred asked for."""
-ODD_PRICE = {"input_micros": 333_333, "cached_micros": 77_777, "output_micros": 1_234_567}
-WIDE = {"requests_per_minute": 10_000_000, "tokens_per_minute": 10_000_000_000}
+ODD_MICROS = (333_333, 77_777, 1_234_567)
+"""For a million tokens of input, of cached input, of output."""
+WIDE = tenancy.Limits(requests_per_minute=10_000_000, tokens_per_minute=10_000_000_000)
 """No limit is to be reached here."""
 LOOK_SECONDS = 0.01
 WRITTEN_SECONDS = 1.1
@@ -252,9 +253,15 @@ def a_stage(folder: Path) -> Iterator[Stage]:
         gateway = GatewayProcess(books.folder, "gw-0")
         stack.callback(gateway.close)
         gateway.start()
-        plain = Price(
-            version=books.version, input_micros=10**6, cached_micros=10**6, output_micros=10**6
-        )
+        prices = {
+            version: Price(
+                version=version, input_micros=uncached, cached_micros=cached, output_micros=output
+            )
+            for version, (uncached, cached, output) in {
+                books.version: (10**6, 10**6, 10**6),
+                odd: ODD_MICROS,
+            }.items()
+        }
         starter = stack.enter_context(ThreadPoolExecutor(1))
         yield Stage(
             books,
@@ -265,7 +272,7 @@ def a_stage(folder: Path) -> Iterator[Stage]:
             keys,
             Key(poor.key.id, poor.secret),
             poor.organisation.id,
-            {plain.version: plain, odd: Price(version=odd, **ODD_PRICE)},
+            prices,
             starter,
         )
 
@@ -283,11 +290,13 @@ def _more_books(books: LinkedBooks) -> tuple[billing.SignedUp, str]:
                 quantization="none", context=8192, max_output=4096, server="llama.cpp",
             ),
         )  # fmt: skip
-        version = models.set_price(work, ODD, tier="default", **ODD_PRICE).version
+        uncached, cached, output = ODD_MICROS
+        version = models.set_price(
+            work, ODD, tier="default", input_micros=uncached, cached_micros=cached,
+            output_micros=output,
+        ).version  # fmt: skip
         for organisation_id in (books.org, poor.organisation.id):
-            tenancy.set_limits(
-                work, tenancy.ScopeKind.ORGANISATION, organisation_id, tenancy.Limits(**WIDE)
-            )
+            tenancy.set_limits(work, tenancy.ScopeKind.ORGANISATION, organisation_id, WIDE)
         billing.record_payment(
             work, poor.organisation.id, Money.parse(POOR_CREDIT), reference="bank-poor"
         )

@@ -94,12 +94,7 @@ def booked(*changed: UsageEvent, without: str = "") -> dict[str, Any]:
 
 def watched(of: UsageEvent, **changes: Any) -> dict[str, Any]:
     """A client that saw something else."""
-    return {
-        "seen": [
-            replace(one, **changes) if one.rid == of.id else one  # type: ignore[type-var]
-            for one in SOUND.seen
-        ]
-    }
+    return {"seen": [replace(one, **changes) if one.rid == of.id else one for one in SOUND.seen]}
 
 
 def counted(of: UsageEvent, **changes: Any) -> dict[str, Any]:

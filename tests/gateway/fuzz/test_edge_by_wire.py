@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from .conftest import BODY_LIMIT, Target
 from .defects import DEFECTS, ENDS_THE_CONNECTION
-from .wire import Chat, Wire, cut, write
+from .wire import Chat, Wire, chat_body, cut, write
 
 EXAMPLES = 60
 PLACES = st.lists(st.integers(0, 1 << 16), max_size=12)
@@ -219,6 +219,49 @@ def test_trailers_change_nothing(target: Target) -> None:
             assert answer.status == 200 or 400 <= answer.status < 500
             assert answer.status != 200 or answer.words == 3
     target.check()
+
+
+def test_a_client_that_sends_byte_by_byte(target: Target) -> None:
+    data = Chat(7, chunk_sizes=(9,), extension=b";a=1", is_stream=True).bytes()
+    with Wire(target.port) as wire:
+        wire.send(*(data[at : at + 1] for at in range(len(data))))
+        answer = wire.answer()
+        assert answer is not None
+        assert (answer.status, answer.words) == (200, 7)
+
+
+@pytest.mark.parametrize("way", ["half-close", "close", "reset"])
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_client_that_goes_ends_its_request(target: Target, way: str, is_stream: bool) -> None:
+    """However it goes, and whether or not it had an answer yet; what it had sent after is not
+    begun."""
+    (epoch,) = target.gateway.epochs()
+    rows = len(list(target.gateway.events(epoch)))
+    made = target.stats()["made"]
+    body = chat_body("n=400 delay=0.005", stream=is_stream)
+    length = (b"Content-Length", b"%d" % len(body))
+    asked = write(b"POST /v1/chat/completions HTTP/1.1", [*Chat(1).head(), length], body)
+    with Wire(target.port) as wire:
+        wire.send(asked + Chat(9).bytes())
+        end = time.monotonic() + 10
+        while target.stats()["made"] < made + 3:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        if way == "half-close":
+            wire.half_close()
+        elif way == "reset":
+            wire.abort()
+        elif way == "close":
+            wire.socket.close()
+        gone = time.monotonic()
+        while len(found := list(target.gateway.events(epoch))[rows:]) < 1:
+            assert time.monotonic() < gone + 1.5, "it goes on for nobody"
+            time.sleep(0.01)
+    assert [event.outcome for event in found] == ["client_gone"]
+    assert found[0].output < 400
+    target.await_quiet()
+    target.check()
+    assert len(list(target.gateway.events(epoch))) == rows + 2, "its own and the check's, no more"
 
 
 # ---- bounds ---------------------------------------------------------------------------------------

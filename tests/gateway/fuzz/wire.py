@@ -117,7 +117,7 @@ class Wire:
         return not self._read and not self._more()
 
     def _chunks(self) -> bytes:
-        parts = []
+        parts: list[bytes] = []
         while True:
             line = self._until(b"\r\n")
             assert line is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,12 +78,23 @@ def add_model(call: Poster, body: rest.ModelCreate) -> Response:
             headers=versioned,
         )
     except BaseException:
-        if prepared is not None:
-            prepared.discard()
+        # Of a commit whose answer was lost nobody knows yet whether it happened.
+        with suppress(SubletError):
+            _discard(call, prepared)
         raise
-    if prepared is not None and "idempotent-replayed" in response.headers:
-        prepared.discard()
+    if "idempotent-replayed" in response.headers:
+        _discard(call, prepared)
     return response
+
+
+def _discard(call: Call, prepared: models.Prepared | None) -> None:
+    """What was sealed for nothing goes. What the catalogue names, or may name, stays: without it
+    that model could never be served, nor be added again."""
+    if prepared is None:
+        return
+    with call.read() as tx:
+        if all(found.path != prepared.new.path for found in models.list_models(tx)):
+            prepared.discard()
 
 
 def _prepared(call: Call, body: rest.ModelCreate) -> models.Prepared | None:
