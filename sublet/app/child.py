@@ -140,7 +140,7 @@ def _api(app: App, orders: Orders) -> int:
     stopping = threading.Event()
     _follow_clock(app, stopping)
     config = uvicorn.Config(
-        create_app(app, _ssh_address(orders)),
+        create_app(app, _ssh_address(orders), orders.key_fd),
         log_config=None,
         access_log=False,
         server_header=False,

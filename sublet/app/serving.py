@@ -27,7 +27,7 @@ WAIT_LOOKS = 500
 """A login waits up to ten seconds for a workload that is being started."""
 
 
-def create_app(app: App, ssh_address: tuple[str, int] | None) -> ASGIApp:
+def create_app(app: App, ssh_address: tuple[str, int] | None, key_fd: int | None = None) -> ASGIApp:
     def lag() -> dict[str, float]:
         with app.store.read() as tx:
             seen: datetime | None = last_seen(tx)
@@ -46,7 +46,7 @@ def create_app(app: App, ssh_address: tuple[str, int] | None) -> ASGIApp:
             ssh_port=None if ssh_address is None else ssh_address[1],
             gateway_url=lambda: (app.folder.read_running() or {}).get("gateway_url"),
             models_folder=app.folder.models,
-            sealing_key=key_of_child(app, None),
+            sealing_key=key_of_child(app, key_fd),
             loop_lag_seconds=lag,
             await_snapshot=lambda after: await_published(app.folder.gateway, after),
         )

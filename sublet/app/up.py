@@ -44,6 +44,8 @@ GATEWAY_GRACE_SECONDS = 20.0
 LINK_GRACE_SECONDS = 60.0
 """To read what spools hold, however busy the database is."""
 GATEWAY = "gateway"
+KEY_HOLDERS = ("loops", "api")
+"""Who unseals models, and who seals new ones."""
 GATEWAY_ORDERS = "SUBLET_GATEWAY_ORDERS"
 
 
@@ -249,7 +251,7 @@ def _spawn(cloud: Cloud, role: str, number: int) -> int:
     ready_out, ready_in = os.pipe()
     shared = {"api": "api", "bastion": "ssh", GATEWAY: _socket_name(GATEWAY, number)}
     name = shared.get(role)
-    key_fd = _key_pipe(cloud.key) if role == "loops" and cloud.key is not None else None
+    key_fd = _key_pipe(cloud.key) if role in KEY_HOLDERS and cloud.key is not None else None
     orders = Orders(
         role=role,
         settings=cloud.settings.model_dump_json(),

@@ -306,7 +306,9 @@ class Downstream(asyncio.Protocol):
         request = self.request
         if size > self.g.body_limit:
             request.refusal = _too_large(self.g.body_limit)
-        elif self.size <= LARGE and request.path in SURFACES:
+        elif request.path not in SURFACES:
+            request.refusal = Refusal(413, "request_too_large", "Nothing is read here: send less.")
+        elif self.size <= LARGE:
             try:
                 self.g.identify(request, read_boot_ns())
             except Refusal as refusal:

@@ -32,6 +32,8 @@ from sublet.gateway.upstream import Replica
 
 ORDERS = "SUBLET_GATEWAY_ORDERS"
 DRAIN_SECONDS = 10.0
+CLOCK_TOLERANCE_US = 1_500_000
+"""How far the books' clock may seem to be from ours: a file is looked for once a second."""
 FLUSH_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1
 DESCRIPTORS_AT_MOST = 65_536
@@ -181,6 +183,7 @@ class Keeper:
                 self._said = str(error)
                 sys.stderr.write(f"snapshot not read: {error}\n")
             return
+        is_watched = self._seen is not None
         self._seen = mark
         if snapshot.number > g.routes.number:
             g.adopt(Routes.build(snapshot, g.routes, g.epoch, Replica))
@@ -188,8 +191,17 @@ class Keeper:
             return
         else:
             g.routes.made_us = snapshot.made_us
-        # It was the newest when it was made, so that its age is how long we may not have heard.
-        g.fresh_ns = read_boot_ns() - max(g.now_us() - snapshot.made_us, 0) * 1000
+        now_ns = read_boot_ns()
+        if is_watched:
+            # It was replaced under our eyes, so it is new; and it says what time the books have.
+            offset_us = snapshot.made_us - now_ns // 1000
+            if abs(offset_us - g.offset_us) > CLOCK_TOLERANCE_US:
+                g.offset_us = offset_us
+            g.follows_books = True
+            g.fresh_ns = now_ns
+        else:
+            # By the wall: its age is how long we may not have heard.
+            g.fresh_ns = now_ns - max(g.now_us() - snapshot.made_us, 0) * 1000
 
     def granted(self, allowance: Allowance) -> None:
         g = self._g

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from sublet.base.kernel.clock import SystemClock, read_boot_ns
-from sublet.base.kernel.interval import micros_since_epoch
+from sublet.base.kernel.interval import from_micros, micros_since_epoch
 from sublet.base.wire.gateway import Gauge, ModelRoute, Price
 from sublet.gateway.errors import Refusal
 from sublet.gateway.limits import duration
@@ -64,15 +64,19 @@ class Gateway:
         self._served_by: dict[tuple[str, str], tuple[bytes, bytes]] = {}
         self._names: dict[tuple[str, str, str, str, str], bytes] = {}
         self.is_draining = False
+        self.follows_books = False
         self._set_clock()
 
     # ---- time and names --------------------------------------------------------------------
 
     def _set_clock(self) -> None:
-        """UTC beside the boot clock, read together once a sweep."""
-        clock = SystemClock.unanchored()
-        self.offset_us = micros_since_epoch(clock.now()) - read_boot_ns() // 1000
-        self.date = b"date: %b\r\n" % clock.now().strftime("%a, %d %b %Y %H:%M:%S GMT").encode()
+        """UTC beside the boot clock: the wall's until a snapshot comes, then the books' own, which
+        a step of the wall does not move."""
+        if not self.follows_books:
+            now = SystemClock.unanchored().now()
+            self.offset_us = micros_since_epoch(now) - read_boot_ns() // 1000
+        shown = from_micros(self.now_us()).strftime("%a, %d %b %Y %H:%M:%S GMT")
+        self.date = b"date: %b\r\n" % shown.encode()
         self.ok = b"HTTP/1.1 200 OK\r\n%bx-request-id: " % self.date
 
     def now_us(self) -> int:

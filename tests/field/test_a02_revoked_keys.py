@@ -175,7 +175,7 @@ def test_a2_one_that_is_cut_off_refuses_once_it_is_stale(place: Place) -> None:
     "lose",
     [
         lambda work, principal_id: tenancy.remove_principal(work, principal_id),
-        lambda work, principal_id: tenancy.change_role(work, principal_id, "reader"),
+        lambda work, principal_id: tenancy.change_role(work, principal_id, "viewer"),
     ],
     ids=["principal removed", "role lost"],
 )

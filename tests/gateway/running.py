@@ -292,6 +292,19 @@ async def ask(
         return await client.answer()
 
 
+@contextlib.asynccontextmanager
+async def serving(
+    talk: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]],
+    path: str,
+) -> AsyncIterator[None]:
+    """A model server whose every byte is the test's."""
+    server = await asyncio.start_unix_server(talk, path)
+    try:
+        yield
+    finally:
+        server.close()
+
+
 def swallowing() -> tuple[list[socket.socket], int]:
     """An address that takes no more connections and answers nothing, and what keeps it so."""
     listening = socket.socket()

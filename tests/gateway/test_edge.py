@@ -246,7 +246,7 @@ def test_a_stale_snapshot_sells_nothing(tmp_path: Path) -> None:
             async with Client(gateway.port) as client:
                 client.get("/health")
                 assert (await client.answer()).json()["ok"] is True
-            gateway.publish(route, made_us=1_000_000)
+            gateway.g.fresh_ns -= gateway.g.stale_ns  # None has come for so long.
             answer = await ask(gateway, chat("n=1"))
             assert (answer.status, answer.code) == (503, "snapshot_stale")
             assert int(answer.headers["retry-after"]) <= 5
@@ -256,6 +256,23 @@ def test_a_stale_snapshot_sells_nothing(tmp_path: Path) -> None:
                 assert (answer.status, answer.json()["is_snapshot_old"]) == (503, True)
             gateway.publish(route)
             assert (await ask(gateway, chat("n=1"))).status == 200
+
+    run(work)
+
+
+def test_a_step_of_the_wall_clock_stops_nothing(tmp_path: Path) -> None:
+    """The books slew after a step for hours: what they say is new when it comes, whatever we read
+    on the wall."""
+
+    async def work() -> None:
+        path = socket_path(tmp_path)
+        route = a_route("mock", a_replica(path))
+        async with MockServer(path), running(tmp_path, route) as gateway:
+            for step_us in (-120_000_000, 300_000_000):
+                made_us = gateway.g.now_us() + step_us
+                gateway.publish(route, made_us=made_us)
+                assert (await ask(gateway, chat("n=1"))).status == 200
+                assert abs(gateway.g.now_us() - made_us) < 30_000_000
 
     run(work)
 

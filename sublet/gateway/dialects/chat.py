@@ -76,6 +76,9 @@ class Chat(Prepared):
         messages = body.get("messages")
         if type(messages) is not list or not messages:
             raise missing("messages") if not messages else wrong("messages", "a list")
+        if len(messages) > route.context:
+            # Each takes a token at least: too long, and known before any of them is looked at.
+            raise self.too_long(len(messages))
         for index, message in enumerate(messages):
             if (
                 type(message) is dict

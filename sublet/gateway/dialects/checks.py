@@ -14,7 +14,7 @@ import orjson
 from sublet.base.wire.gateway import ModelRoute
 from sublet.gateway.errors import Refusal
 
-Check = Callable[[Any, str], None]
+Check = Callable[[Any, str], Any]
 
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}\Z")
 STOPS_AT_MOST = 16
@@ -22,6 +22,16 @@ STOP_LENGTH = 1024
 TOOLS_AT_MOST = 128
 DEPTH_AT_MOST = 64
 """Of a JSON schema: the engine's reader of schemas calls itself."""
+MEMBERS_AT_MOST = 1000
+ENUM_AT_MOST = 256
+PATTERN_LENGTH = 512
+REPEATS_AT_MOST = 100_000
+BOUND_AT_MOST = 1_000_000
+"""Engines make a grammar of a schema, and go through all that it still allows with every token, on
+the one thread that serves everybody: a large one stops them for minutes."""
+_RANGES = (("minItems", "maxItems"), ("minLength", "maxLength"))
+_REPEATED = re.compile(r"(?<!\\)\{([^}]*)\}?")
+_REPEAT = re.compile(r"(\d{1,6})?(,)?(\d{1,6})?\Z")
 
 
 def wrong(param: str, what: str) -> Refusal:
@@ -122,12 +132,15 @@ def metadata(value: Any, param: str) -> None:
         raise wrong(param, "an object of strings")
 
 
-def schema(value: Any, param: str) -> None:
-    """An object that is not nested deeper than an engine's reader bears."""
+def shallow(value: Any, param: str) -> list[Any]:
+    """An object that is not nested deeper than an engine's reader bears; all its levels' objects
+    and lists."""
     if type(value) is not dict:
-        raise wrong(param, "a JSON schema (an object)")
+        raise wrong(param, "an object")
     level: list[Any] = [value]
+    found: list[Any] = []
     for _ in range(DEPTH_AT_MOST):
+        found += level
         level = [
             child
             for item in level
@@ -135,8 +148,60 @@ def schema(value: Any, param: str) -> None:
             if type(child) is dict or type(child) is list
         ]
         if not level:
-            return
+            return found
     raise wrong(param, f"nested at most {DEPTH_AT_MOST} levels deep")
+
+
+def schema(value: Any, param: str) -> int:
+    """A JSON schema that an engine's reader bears: not deep, not large, no range that ends before
+    it begins (llama.cpp repeats that some four thousand million times, until memory is gone).
+    Returns how many members it has."""
+    if type(value) is not dict:
+        raise wrong(param, "a JSON schema (an object)")
+    items = shallow(value, param)
+    members = sum(map(len, items))
+    if members > MEMBERS_AT_MOST:
+        raise wrong(param, f"of at most {MEMBERS_AT_MOST} members")
+    for item in items:
+        if type(item) is dict:
+            _bounded(item, param)
+    return members
+
+
+def _bounded(item: dict[str, Any], param: str) -> None:
+    """What one level of a schema asks to be repeated, or chosen from. Where these names are those
+    of properties, objects stand behind them, which are no bounds."""
+    for low, high in _RANGES:
+        least, most = item.get(low), item.get(high)
+        for key, bound in ((low, least), (high, most)):
+            if type(bound) in (int, float) and not (
+                type(bound) is int and 0 <= bound <= BOUND_AT_MOST
+            ):
+                raise wrong(f"{param}: {key}", f"a whole number from 0 to {BOUND_AT_MOST}")
+        if type(least) is int and type(most) is int and least > most:
+            raise wrong(f"{param}: {low}", f"at most {high}")
+    choices = item.get("enum")
+    if type(choices) is list and len(choices) > ENUM_AT_MOST:
+        raise wrong(f"{param}: enum", f"a list of at most {ENUM_AT_MOST}")
+    pattern = item.get("pattern")
+    if type(pattern) is str:
+        _pattern(pattern, f"{param}: pattern")
+
+
+def _pattern(pattern: str, param: str) -> None:
+    if len(pattern) > PATTERN_LENGTH:
+        raise wrong(param, f"of at most {PATTERN_LENGTH} characters")
+    repeats = 1
+    for told in _REPEATED.findall(pattern):
+        found = _REPEAT.match(told)
+        if found is None or not told.strip(","):
+            raise wrong(param, "of repetitions {number}, {least,}, {,most} or {least,most}")
+        least, is_range, most = found.groups()
+        if is_range and least and most and int(least) > int(most):
+            raise wrong(param, "of repetitions whose least is at most their most")
+        repeats *= max(int(most or least or 1), 1)
+    if repeats > REPEATS_AT_MOST:
+        raise wrong(param, f"of at most {REPEATS_AT_MOST} repetitions in all")
 
 
 def response_format(value: Any, param: str) -> None:
@@ -187,6 +252,7 @@ def tools(value: Any, param: str) -> None:
     if type(value) is not list or not 0 < len(value) <= TOOLS_AT_MOST:
         raise wrong(param, f"a list of 1 to {TOOLS_AT_MOST} tools")
     names = set()
+    members = 0
     for index, tool in enumerate(value):
         at = f"{param}[{index}]"
         if type(tool) is not dict or tool.get("type") != "function":
@@ -202,7 +268,10 @@ def tools(value: Any, param: str) -> None:
         names.add(function["name"])
         _maybe(function, "description", text, f"{at}.function")
         _maybe(function, "strict", boolean, f"{at}.function")
-        _maybe(function, "parameters", schema, f"{at}.function")
+        if function.get("parameters") is not None:
+            members += schema(function["parameters"], f"{at}.function.parameters")
+    if members > MEMBERS_AT_MOST:
+        raise wrong(param, f"tools whose parameters have at most {MEMBERS_AT_MOST} members in all")
 
 
 def tool_choice(value: Any, param: str) -> None:

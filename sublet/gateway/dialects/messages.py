@@ -17,6 +17,7 @@ import orjson
 from sublet.base.wire.gateway import Counts, ModelRoute
 from sublet.gateway.dialects.chat import read_reply
 from sublet.gateway.dialects.checks import (
+    MEMBERS_AT_MOST,
     STOPS_AT_MOST,
     TOOLS_AT_MOST,
     boolean,
@@ -26,6 +27,7 @@ from sublet.gateway.dialects.checks import (
     only,
     passes,
     schema,
+    shallow,
     stops,
     text,
     unsupported,
@@ -145,6 +147,9 @@ class Messages(Prepared):
         messages = self.body.get("messages")
         if type(messages) is not list or not messages:
             raise missing("messages") if not messages else wrong("messages", "a list")
+        if len(messages) > self.route.context:
+            # Each takes a token at least: too long, and known before any of them is looked at.
+            raise self.too_long(len(messages))
         out: list[dict[str, Any]] = []
         for index, message in enumerate(messages):
             at = f"messages[{index}]"
@@ -332,7 +337,7 @@ def _assistant(blocks: list[Any], at: str) -> dict[str, Any]:
             only(block, {"type", "id", "name", "input", "caller"} | _BLOCK_EXTRAS, here)
             text(block.get("id"), f"{here}.id")
             name(block.get("name"), f"{here}.name")
-            schema(block.get("input"), f"{here}.input")
+            shallow(block.get("input"), f"{here}.input")
             arguments = orjson.dumps(block["input"]).decode()
             function = {"name": block["name"], "arguments": arguments}
             calls.append({"id": block["id"], "type": "function", "function": function})
@@ -349,6 +354,7 @@ def _tools(given: Any) -> list[dict[str, Any]]:
     if type(given) is not list or len(given) > TOOLS_AT_MOST:
         raise wrong("tools", f"a list of at most {TOOLS_AT_MOST} tools")
     tools: list[dict[str, Any]] = []
+    members = 0
     for index, tool in enumerate(given):
         at = f"tools[{index}]"
         if type(tool) is not dict or tool.get("type") not in (None, "custom"):
@@ -357,12 +363,14 @@ def _tools(given: Any) -> list[dict[str, Any]]:
         name(tool.get("name"), f"{at}.name")
         if any(known["function"]["name"] == tool["name"] for known in tools):
             raise wrong(f"{at}.name", "different from the other tools' names")
-        schema(tool.get("input_schema"), f"{at}.input_schema")
+        members += schema(tool.get("input_schema"), f"{at}.input_schema")
         function = {"name": tool["name"], "parameters": tool["input_schema"]}
         if tool.get("description") is not None:
             text(tool["description"], f"{at}.description")
             function["description"] = tool["description"]
         tools.append({"type": "function", "function": function})
+    if members > MEMBERS_AT_MOST:
+        raise wrong("tools", f"of at most {MEMBERS_AT_MOST} members of their schemas in all")
     return tools
 
 

@@ -350,6 +350,67 @@ def test_a_sealed_model_is_asked_for_nothing_but_text(
     assert (refusal.code, refusal.param) == ("sealed_parameter", param)
 
 
+BOMBS: dict[str, dict[str, Any]] = {
+    "a range the wrong way round": {"type": "array", "minItems": 5, "maxItems": 2},
+    "a length the wrong way round": {"type": "string", "minLength": 9, "maxLength": 2},
+    "a bound beyond 32 bits": {"type": "array", "minItems": 5, "maxItems": 4294967298},
+    "a bound below zero": {"type": "string", "maxLength": -1},
+    "a bound that is no whole number": {"type": "string", "minLength": 1.5},
+    "a pattern the wrong way round": {"type": "string", "pattern": "^a{5,2}$"},
+    "the same with blanks": {"type": "string", "pattern": "^a{ 5, 2}$"},
+    "a pattern in a pattern": {"type": "string", "pattern": "(a{0,99}b){0,99}" * 20},
+    "a long pattern": {"type": "string", "pattern": "a" * 600},
+    "many choices": {"enum": [f"v{number}" for number in range(300)]},
+    "many properties": {"properties": {f"p{n}": {"type": "string"} for n in range(600)}},
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
+def test_a_schema_that_would_stop_the_engine_is_refused(read: Read, bomb: dict[str, Any]) -> None:
+    """Each of them was seen to take a llama.cpp all its memory, or minutes, while nobody else was
+    served by it."""
+    inner = {"type": "object", "properties": {"a": bomb}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": inner}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": inner}}
+    assert refused(read, "chat", response_format=form).code == "invalid_request"
+    assert refused(read, "chat", tools=[tool]).code == "invalid_request"
+    theirs = {"name": "f", "input_schema": inner}
+    assert refused(read, "messages", tools=[theirs]).code == "invalid_request"
+
+
+def test_usual_schemas_pass(read: Read) -> None:
+    inner = {
+        "type": "object",
+        "properties": {
+            "minItems": {"type": "integer", "minimum": -5, "maximum": 5},
+            "list": {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 20},
+            "date": {"type": "string", "pattern": r"^\d{4}-\d{2}-\d{2}$"},
+            "id": {"type": "string", "pattern": "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"},
+            "most": {"type": "string", "pattern": "^a{,3}b{2,}c\\{x}$", "maxLength": 1000},
+            "one": {"enum": [f"v{number}" for number in range(200)]},
+        },
+        "required": ["list"],
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": inner}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": inner}}
+    read("chat", response_format=form, tools=[tool])
+    read("messages", tools=[{"name": "f", "input_schema": inner}])
+
+
+def test_what_a_call_was_given_is_no_schema(read: Read) -> None:
+    given = {"minItems": 5, "maxItems": 2, "enum": list(range(2000))}
+    call = {"type": "tool_use", "id": "call_1", "name": "f", "input": given}
+    result = {"type": "tool_result", "tool_use_id": "call_1", "content": "done"}
+    read(
+        "messages",
+        messages=[
+            {"role": "user", "content": "Hello."},
+            {"role": "assistant", "content": [call]},
+            {"role": "user", "content": [result]},
+        ],
+    )
+
+
 @pytest.mark.parametrize("raw", [b"", b"{", b"[1", b'{"a":"\xff"}', b"{}x", b'{"a":NaN}'])
 def test_a_body_that_is_no_json_says_so(raw: bytes, models: dict[str, Any]) -> None:
     with pytest.raises(Refusal) as caught:
