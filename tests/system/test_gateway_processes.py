@@ -184,7 +184,7 @@ def test_a_service_restart_ends_gateways_and_leaves_replicas(tmp_path: Path) -> 
         made.owner, made.consumer = made.cloud.owner(), made.cloud.client(made.key)
         made.url = made.owner.status().gateway_url or ""
         assert [r.id for r in made.until_ready(deployment.id)] == [replica.id]
-        wait_until(lambda: health(made.url)["models"] == {PLAIN: 1}, 20, "it is routed to")
+        wait_until(lambda: health(made.url)["replicas"] == 1, 20, "it is routed to")
         whole.append(made.stream(PLAIN, 20))
         made.await_books(whole)
 
