@@ -29,6 +29,7 @@ import sqlalchemy as sa
 
 from sublet.app.child import ORDERS, Orders
 from sublet.app.clockwork import anchored
+from sublet.app.runner import Nudger
 from sublet.app.settings import Settings
 from sublet.audit import Violation, check
 from sublet.base.kernel.clock import SystemClock
@@ -74,11 +75,16 @@ class LinkedBooks:
     owner: billing.SignedUp
     version: str
     """Of the mock's price."""
+    nudger: Nudger
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     @property
     def folder(self) -> Path:
         return self.data / "gateway"
+
+    def close(self) -> None:
+        self.store.close()
+        self.nudger.close()
 
     @property
     def org(self) -> str:
@@ -206,7 +212,10 @@ def open_linked(
             work, MODEL, tier="default", input_micros=price, cached_micros=price,
             output_micros=price,
         ).version  # fmt: skip
-    books = LinkedBooks(data, settings, store, customer, owner, version)
+        installation_id = find_fact(work.tx, "installation_id") or ""
+    # As the API does: a link in a process of its own hears of what is committed here.
+    store.on_commit = nudger = Nudger(installation_id)
+    books = LinkedBooks(data, settings, store, customer, owner, version, nudger)
     if Money.parse(credit).micros:
         books.pay(credit)
     assert SERVERS["llama.cpp"].splits_n
@@ -409,20 +418,24 @@ class GatewayProcess:
         os.close(ready)
         return self
 
-    def health(self) -> dict[str, Any]:
+    def page(self, path: str) -> str:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         try:
-            connection.request("GET", "/health")
-            found: dict[str, Any] = json.loads(connection.getresponse().read())
-            return found
+            connection.request("GET", path)
+            return connection.getresponse().read().decode()
         finally:
             connection.close()
 
-    def until_serving(self, replicas: int = 1) -> None:
-        """It knows the mock, and so many servers of it."""
+    def health(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.page("/health"))
+        return found
+
+    def until_serving(self, replica_id: str) -> None:
+        """It knows that server."""
         wait_until(
-            lambda: self.health()["models"] == {MODEL: replicas}, 20, f"{self.name} knows the mock"
-        )
+            lambda: f'replica="{replica_id}"' in self.page("/metrics"), 20,
+            f"{self.name} knows {replica_id}",
+        )  # fmt: skip
 
     def kill(self) -> None:
         assert self.process is not None
@@ -473,10 +486,11 @@ class Leash:
 
     def cut(self) -> None:
         """It keeps what it has, hears nothing more, and nobody hears it."""
-        kept = (self._real / "snapshot").read_bytes()
-        for what in ("snapshot", "control.sock"):
-            (self.folder / what).unlink()
-        (self.folder / "snapshot").write_bytes(kept)
+        # The same file that it has seen, which the link's next one will not replace here.
+        kept = self.folder / ".kept"
+        os.link(self._real / "snapshot", kept)
+        kept.replace(self.folder / "snapshot")
+        (self.folder / "control.sock").unlink()
         # Whoever takes its name has the link hang up on it.
         other = ScriptedGateway(self._real, self._name, 1).connect()
         other.hello()

@@ -252,8 +252,11 @@ class Upstream(asyncio.Protocol):
             # A read that is one chunk, as a token's is.
             line = data.find(b"\r\n", 0, 20)
             if _SIZES.get(data[:line]) == len(data) - line - 4 and data[-2:] == b"\r\n":
-                if self.reader is not None:
-                    self.reader.streamed(data[line + 2 : -2])
+                reader = self.reader
+                if reader is not None:
+                    reader.streamed(data[line + 2 : -2])
+                    if self.reader is not reader:
+                        self._hurry()
                 return
         at, size = 0, len(data)
         pieces: list[bytes] = []
@@ -290,11 +293,15 @@ class Upstream(asyncio.Protocol):
             self._take(pieces)
         if is_over and self.state == CHUNKS:
             self._end(b"".join(self.parts))
-        elif pieces and self.reader is None and self.state == CHUNKS:
+        elif pieces and self.reader is None:
+            self._hurry()
+
+    def _hurry(self) -> None:
+        """A server that does not end its reply must not keep the connection for ever."""
+        if self.state == CHUNKS:
             asyncio.get_running_loop().call_later(END_SECONDS, self._overdue, self.uses)
 
     def _overdue(self, uses: int) -> None:
-        """A server that does not end its reply must not keep the connection for ever."""
         if self.uses == uses and self.state == CHUNKS:
             self.close()
 

@@ -46,7 +46,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -97,8 +97,18 @@ class Connection:
         self.writer = writer
         self.steering = Steering()
         self.sent = 0
-        # One for all requests: to cancel a wait for the end would count as the end.
-        self.closed = asyncio.ensure_future(writer.wait_closed())
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # Whoever closes a Unix socket sends an end and no error, which a stream would not tell of.
+        for name in ("feed_eof", "set_exception"):
+            setattr(reader, name, self.telling(getattr(reader, name)))
+
+    def telling(self, end: Callable[..., None]) -> Callable[..., None]:
+        def told(*given: Any) -> None:
+            end(*given)
+            if not self.closed.done():
+                self.closed.set_result(None)
+
+        return told
 
     async def serve(self) -> None:
         while True:
@@ -489,16 +499,13 @@ class MockServer:
         task = asyncio.current_task()
         assert task is not None
         self._connections.add(task)
-        connection = Connection(self, reader, writer)
         try:
-            await connection.serve()
+            await Connection(self, reader, writer).serve()
         except (_Died, ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
             self._connections.discard(task)
             writer.close()
-            connection.closed.cancel()
-            await asyncio.gather(connection.closed, return_exceptions=True)
 
     async def start(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import pytest
 
 from bench.gateway.alone import PRICES, a_route
 from sublet.base.wire.gateway import ReplicaRoute
-from sublet.gateway import upstream
+from sublet.gateway import exchange, legs, upstream
 from sublet.gateway.purse import cost
 from tests.gateway.mock_server import MockServer
 from tests.gateway.running import (
@@ -162,12 +162,15 @@ def test_the_engine_goes_after_its_first_byte(tmp_path: Path) -> None:
     run(work)
 
 
-@pytest.mark.parametrize("words", ["die=0", "die=head", "die=7 n=9", "status=500"])
-@pytest.mark.parametrize("is_stream", [False, True])
-def test_the_engine_goes_before_its_first_byte(tmp_path: Path, words: str, is_stream: bool) -> None:
+@pytest.mark.parametrize(
+    ("words", "is_stream"),
+    [
+        *[(words, stream) for words in ("die=0", "die=head", "status=500") for stream in (0, 1)],
+        ("die=7 n=9", 0),
+    ],
+)
+def test_the_engine_goes_before_its_first_byte(tmp_path: Path, words: str, is_stream: int) -> None:
     """Another replica, once; with one alone a refusal, and no bill."""
-    if is_stream and words == "die=7 n=9":
-        pytest.skip("is another case")
     words += " counters=none"
 
     async def work() -> None:
@@ -178,14 +181,14 @@ def test_the_engine_goes_before_its_first_byte(tmp_path: Path, words: str, is_st
             MockServer(paths[1]) as other,
             running(tmp_path, a_route("mock", one)) as gateway,
         ):
-            answer = await ask(gateway, chat(words, stream=is_stream, max_tokens=9))
+            answer = await ask(gateway, chat(words, stream=bool(is_stream), max_tokens=9))
             assert answer.status == 503
             assert int(answer.headers["retry-after"]) <= 5
             assert len(mock.requests) == 1
             row = await gateway.row()
             assert (row.outcome, row.micros, row.output) == ("failed", 0, 0)
             gateway.publish(a_route("mock", one, two))
-            answer = await ask(gateway, chat(words, stream=is_stream, max_tokens=9))
+            answer = await ask(gateway, chat(words, stream=bool(is_stream), max_tokens=9))
             assert answer.status == 503
             assert len(other.requests) == 1
             rid = answer.headers["x-request-id"]
@@ -283,8 +286,6 @@ def test_nonsense_of_a_model_server(tmp_path: Path, reply: bytes) -> None:
 
 
 def test_an_event_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sublet.gateway import exchange, legs
-
     monkeypatch.setattr(exchange, "CARRY_LIMIT", 100_000)
     monkeypatch.setattr(legs, "CARRY_LIMIT", 100_000)
 
@@ -313,7 +314,7 @@ def test_an_event_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
                     last = json.loads(answer.events()[-1])
                     assert last["error"]["code"] == "stream_interrupted"
                 else:
-                    assert answer.code == "stream_interrupted"
+                    assert answer.status == 503
 
     run(work)
 

@@ -144,7 +144,7 @@ def fire(tmp_path: Path) -> Iterator[Fire]:
     key_id, secret = books.add_key()
     mock = tmp_path / "mock.sock"
     with contextlib.ExitStack() as stack:
-        stack.callback(books.store.close)
+        stack.callback(books.close)
         stack.enter_context(mock_process(mock))
         stack.enter_context(LinkProcess(books))
         for gateway in gateways.values():
@@ -152,7 +152,7 @@ def fire(tmp_path: Path) -> Iterator[Fire]:
             gateway.start()
         books.set_replica("rep_mock", mock, slots=STREAMS)
         for gateway in gateways.values():
-            gateway.until_serving()
+            gateway.until_serving("rep_mock")
         yield Fire(books, gateways, leash, mock, key_id, secret)
 
 

@@ -33,13 +33,17 @@ def cloud(opened: Serving) -> Iterator[Serving]:
     opened.audit()
 
 
+def uses(cloud: Serving) -> set[str]:
+    return {device.use for device in cloud.owner.devices.list()}
+
+
 def test_from_zero_and_back_with_a_request_in_the_queue(cloud: Serving) -> None:
     before = len([u for u in cloud.billed() if u.outcome == "ok"])
     deployment = cloud.deploy(PLAIN, idle_seconds=1)
     wait_until(lambda: not cloud.seen(deployment.id).replicas, 30, "nobody asks: no replica")
     idle_at = time.monotonic()
     assert cloud.seen(deployment.id).wanted == 0
-    assert {d.use for d in cloud.owner.devices.list()} == {"idle"}
+    wait_until(lambda: uses(cloud) == {"idle"}, 10, "scrubbed")
 
     asked = Stream()
     thread = threading.Thread(target=cloud.stream, args=(PLAIN, 16, asked))
@@ -80,7 +84,7 @@ def test_up_under_load_and_down_when_nobody_asks(cloud: Serving) -> None:
     wait_until(lambda: not cloud.seen(deployment.id).replicas, 40, "all calm: none")
     gone = list(cloud.owner.deployments.replicas(deployment.id))
     assert {r.reason for r in gone} == {"scaled_in"}
-    assert {d.use for d in cloud.owner.devices.list()} == {"idle"}
+    wait_until(lambda: uses(cloud) == {"idle"}, 10, "scrubbed")
 
 
 def test_a_server_that_dies_at_each_start_is_tried_less_and_less(cloud: Serving) -> None:
