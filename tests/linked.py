@@ -75,16 +75,11 @@ class LinkedBooks:
     owner: billing.SignedUp
     version: str
     """Of the mock's price."""
-    nudger: Nudger
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     @property
     def folder(self) -> Path:
         return self.data / "gateway"
-
-    def close(self) -> None:
-        self.store.close()
-        self.nudger.close()
 
     @property
     def org(self) -> str:
@@ -212,10 +207,7 @@ def open_linked(
             work, MODEL, tier="default", input_micros=price, cached_micros=price,
             output_micros=price,
         ).version  # fmt: skip
-        installation_id = find_fact(work.tx, "installation_id") or ""
-    # As the API does: a link in a process of its own hears of what is committed here.
-    store.on_commit = nudger = Nudger(installation_id)
-    books = LinkedBooks(data, settings, store, customer, owner, version, nudger)
+    books = LinkedBooks(data, settings, store, customer, owner, version)
     if Money.parse(credit).micros:
         books.pay(credit)
     assert SERVERS["llama.cpp"].splits_n
@@ -274,9 +266,14 @@ class LinkProcess:
         return self.process.wait(60)
 
     def __enter__(self) -> LinkProcess:
+        """Started, and told of what is committed here, as it is by the API's processes."""
+        self._nudger = Nudger(self._books.fact("installation_id") or "")
+        self._books.store.on_commit = self._nudger
         return self.start()
 
     def __exit__(self, *_: object) -> None:
+        self._books.store.on_commit = None
+        self._nudger.close()
         if self.process is not None and self.process.poll() is None:
             self.end()
 

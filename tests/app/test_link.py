@@ -47,7 +47,7 @@ def books(tmp_path: Path) -> Iterator[LinkedBooks]:
     deep.mkdir(parents=True)
     made = open_linked(deep)
     yield made
-    made.close()
+    made.store.close()
 
 
 @pytest.fixture
@@ -546,7 +546,7 @@ def test_a_full_disk_loses_nothing_and_is_said(tmp_path: Path) -> None:
             spool.die()
         assert not spool.folder.exists()
         assert "log_lines_lost" in link.said()
-        books.close()
+        books.store.close()
     finally:
         subprocess.run(["umount", "-l", str(tmp_path)], capture_output=True, check=False)
 

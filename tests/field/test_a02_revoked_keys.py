@@ -121,7 +121,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
     }
     app = open_app(books.settings)
     with contextlib.ExitStack() as stack:
-        stack.callback(books.close)
+        stack.callback(books.store.close)
         stack.callback(app.close)
         stack.enter_context(mock_process(tmp_path / "mock.sock"))
         stack.enter_context(LinkProcess(books))

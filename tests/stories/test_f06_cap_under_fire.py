@@ -144,7 +144,7 @@ def fire(tmp_path: Path) -> Iterator[Fire]:
     key_id, secret = books.add_key()
     mock = tmp_path / "mock.sock"
     with contextlib.ExitStack() as stack:
-        stack.callback(books.close)
+        stack.callback(books.store.close)
         stack.enter_context(mock_process(mock))
         stack.enter_context(LinkProcess(books))
         for gateway in gateways.values():

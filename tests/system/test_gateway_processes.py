@@ -106,7 +106,7 @@ def test_two_gateways_share_a_port_and_any_process_may_be_killed(tmp_path: Path)
             10,
             "it is back",
         )
-        made.await_books(whole)
+        made.await_books()
     assert lives(cloud) == [], "no spool is left unread"
     assert not (cloud.data / "gateway" / "control.sock").exists()
     assert processes_naming(str(tmp_path)) == []
@@ -125,12 +125,12 @@ def test_all_is_killed_at_once_and_the_last_spool_is_read(tmp_path: Path) -> Non
         made.url = made.owner.status().gateway_url or ""
         seen = healths(made.url, 1)["gw-0"]
         assert int(str(seen["snapshot"])) >= number["number"], "numbers only grow"
-        made.await_books(whole)
+        made.await_books()
         wait_until(lambda: len(lives(made.cloud)) == 1, 20, "the life that was killed is closed")
         [deployment] = list(made.owner.deployments.list())
         made.until_ready(deployment.id)
         whole.append(made.stream(PLAIN, 30))
-        made.await_books(whole)
+        made.await_books()
 
 
 def test_ctrl_c_lets_streams_end_and_books_them(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_service_restart_ends_gateways_and_leaves_replicas(tmp_path: Path) -> 
         assert [r.id for r in made.until_ready(deployment.id)] == [replica.id]
         wait_until(lambda: health(made.url)["replicas"] == 1, 20, "it is routed to")
         whole.append(made.stream(PLAIN, 20))
-        made.await_books(whole)
+        made.await_books()
 
 
 def test_without_weights_the_cloud_opens_and_says_which_are_missing(tmp_path: Path) -> None:

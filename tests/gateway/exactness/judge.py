@@ -57,12 +57,13 @@ def _books_are_the_spools(found: Evidence) -> Iterator[str]:
     spooled = {event.id: event for event in found.spooled}
     lost = {event.id: event for event in found.open_at_death if event.id not in spooled}
     booked = {event.id: event for event in found.booked}
-    for name, event in {**lost, **spooled}.items():
+    told = {**lost, **spooled}
+    for name, event in told.items():
         if name not in booked:
             yield f"{name}: in a spool ({event.outcome}) and not in the books"
         elif booked[name] != event:
             yield f"{name}: the books say {booked[name]}, the spool {event}"
-    yield from (f"{name}: in the books only" for name in booked if name not in {**lost, **spooled})
+    yield from (f"{name}: in the books only" for name in booked if name not in told)
     for name in lost:
         if booked.get(name) and booked[name].outcome != Outcome.LOST:
             yield f"{name}: was open when its gateway died, and is booked as {booked[name].outcome}"

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -240,6 +241,7 @@ def a_stage(folder: Path) -> Iterator[Stage]:
     mocks = {name: Mock(doors, name) for name in REPLICAS}
     with contextlib.ExitStack() as stack:
         stack.callback(books.store.close)
+        stack.callback(shutil.rmtree, doors)
         poor, odd = _more_books(books)
         for name, mock in mocks.items():
             mock.start()
