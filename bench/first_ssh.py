@@ -86,7 +86,8 @@ def run(rounds: int) -> dict[str, list[float]]:
 
 def _where(folder: Path, ready: Path) -> list[str]:
     data = str(folder / "data")
-    return ["--data", data, "--port", "0", "--ssh-port", "0", "--ready-file", str(ready)]
+    ports = ["--port", "0", "--ssh-port", "0", "--gateway-port", "0"]
+    return ["--data", data, *ports, "--ready-file", str(ready)]
 
 
 def _ssh(key: Path, port: int, user: str) -> None:

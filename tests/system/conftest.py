@@ -82,6 +82,8 @@ class RunningCloud:
         self.forget_clients()
         ready = self.folder / f"ready-{self.starts}.json"
         command = [SUBLET, "up", "--data", str(self.data), "--port", "0", "--ssh-port", "0"]
+        if "--gateway-port" not in self.options:
+            command += ["--gateway-port", "0"]
         with self.output.open("ab") as output:
             self.process = subprocess.Popen(
                 [*command, "--ready-file", str(ready), *self.options],

@@ -107,7 +107,7 @@ def test_no_stream_breaks_off_and_every_token_is_billed_once(cloud: Serving) -> 
         f"{cloud.devices} devices, {CLIENTS} clients, {len(clients.whole())} streams of up to "
         f"{TOKENS} tokens, {len(open_then)} open at the notice.\n"
         f"Notice to the end of the last of them {emptied_at - noticed_at:.2f} s, from there to the "
-        f"free device {delivered_at - emptied_at:.2f} s, of it scrub {cloud.pool.scrub_seconds} s; "
+        f"free device {delivered_at - emptied_at:.2f} s (scrub: {cloud.pool.scrub_seconds} s allowed); "
         f"in all {delivered_at - noticed_at:.2f} s.\n"
         f"The model server's own stop, with nothing in hand: {stop_seconds * 1000:.0f} ms.\n"
         f"Return to the next token: {back_at - returned_at:.2f} s."

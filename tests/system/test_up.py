@@ -36,7 +36,8 @@ def sublet(
 
 
 def up(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    options = ["--data", str(folder / "data"), "--port", "0", "--ssh-port", "0"]
+    ports = ["--port", "0", "--ssh-port", "0", "--gateway-port", "0"]
+    options = ["--data", str(folder / "data"), *ports]
     return sublet(folder, "up", *options, *arguments)
 
 
