@@ -80,7 +80,7 @@ class Downstream(asyncio.Protocol):
 
     __slots__ = (
         "body", "connection", "exchange", "feed", "fields", "g", "head_size", "headers", "idle_bytes",
-        "is_chunked", "is_deaf", "is_last", "is_lingering", "is_paused", "is_stalled", "parser",
+        "is_chunked", "is_deaf", "is_last", "is_lingering", "is_odd", "is_paused", "is_stalled", "parser",
         "parts", "queue", "request", "since_ns", "size", "t", "unsent", "waits",
     )  # fmt: skip
 
@@ -95,6 +95,8 @@ class Downstream(asyncio.Protocol):
         self.size = self.head_size = self.headers = self.fields = self.unsent = 0
         self.idle_bytes = 0
         self.is_paused = self.is_stalled = self.is_last = False
+        self.is_odd = False
+        """A header is a trailer, or may be part of a head that is too long."""
         self.is_deaf = False
         """Nothing that comes is read as a request any more."""
         self.is_lingering = False
@@ -175,6 +177,8 @@ class Downstream(asyncio.Protocol):
             if not self.head_size:
                 self.since_ns = self.g.second_ns
             self.head_size += len(data)
+            if self.head_size > HEAD_LIMIT:
+                self.is_odd = True
         else:
             size = self.size
         try:
@@ -206,6 +210,7 @@ class Downstream(asyncio.Protocol):
     def on_message_begin(self) -> None:
         self.request = Request()
         self.size = self.headers = self.fields = 0
+        self.is_odd = self.head_size > HEAD_LIMIT
 
     def on_url(self, url: bytes) -> None:
         request = self.request
@@ -213,10 +218,10 @@ class Downstream(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers += 1
-        if self.head_size > HEAD_LIMIT:
+        if self.is_odd:
+            if self.waits == AWAIT_BODY:
+                return  # A trailer: of no meaning here.
             self.fields += len(name) + len(value)
-        if self.waits == AWAIT_BODY:
-            return  # A trailer: of no meaning here.
         # By the spellings that clients use; the others take the longer way.
         known = _HEADERS.get(name, _unknown)
         if known is not None:
@@ -229,6 +234,7 @@ class Downstream(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         request = self.request
         self.waits = AWAIT_BODY
+        self.is_odd = True
         request.method = self.parser.get_method()
         keep_alive = request.keep_alive = self.parser.should_keep_alive()
         if request.has_connection or not keep_alive:
@@ -424,7 +430,7 @@ class Downstream(asyncio.Protocol):
             )  # fmt: skip
         if request.method == b"HEAD" and body:
             answer = answer[: -len(body)]
-        self._done(answer)
+        self.done(answer)
 
     def error(self, refusal: Refusal, body: bytes, rid: bytes, limits: bytes) -> bytes:
         """A whole error answer."""
@@ -442,12 +448,8 @@ class Downstream(asyncio.Protocol):
         self.is_deaf = self.is_last = True
         self.connection = CLOSE
 
-    def answer(self, exchange: Exchange, data: bytes) -> None:
-        """The last bytes of an answer. The exchange is over."""
-        if self.exchange is exchange:
-            self._done(data)
-
-    def _done(self, data: bytes) -> None:
+    def done(self, data: bytes) -> None:
+        """The last bytes of an answer."""
         self.exchange = None
         t = self.t
         if t is None:

@@ -108,14 +108,18 @@ class Exchange:
             charged = p.input_estimate + p.cap * p.n
             self.limits = g.charge(known, charged, now_ns)
             self.charged = charged
-            self.model = g.routes.models[route.name]
+            model = self.model = g.routes.models[route.name]
         except Refusal as refusal:
             self.refuse(refusal)
             return
-        if self._take(self._first_step(), now_ns):
-            self._place()
-        else:
+        if not self._take(self._first_step(), now_ns):
             self._ask()
+            return
+        replica = g.pick(model, tier)
+        if replica is None:
+            g.enqueue(model, self)
+        else:
+            self.placed(replica)
 
     def _first_step(self) -> int:
         """All of it for an answer in one piece; a step of it for a stream."""
@@ -234,7 +238,10 @@ class Exchange:
             p.needs_count = False
             self.legs = Counting(self, replica)
         elif p.legs == 1 and replica.idle and not self.tries:
-            self._forward(replica.idle.popitem()[0])
+            # As `send` and `_forward` do, in one place: the road of nearly all requests.
+            up = self.up = replica.idle.popitem()[0]
+            body = p.render(self.cap)
+            up.send(self, request_head(p.path, self.rid, len(body)), body)
         else:
             self.send()
 
@@ -658,7 +665,7 @@ class Exchange:
         self.tail = self.down.error(refusal, body, self.rid, self.limits)
         if self.replica is None and not self.tries:
             self._close_unbilled()
-            self.down.answer(self, self.tail)
+            self._on_disk()
         else:
             self._settle(Outcome.FAILED, self.g.now_us())
 
@@ -709,7 +716,9 @@ class Exchange:
         tokens = uncached + cached + output
         known.purse.settle(self.held, self.held_tokens, spent, tokens)
         self.held = self.held_tokens = 0
-        g.give_back(known, self.charged - tokens)
+        unused = self.charged - tokens
+        for bucket in known.token_buckets:
+            bucket.settle(-unused)
         first_us = self.first_us
         if first_us is not None:
             g.note_latency(p.route.name, first_us - self.started_us)
@@ -727,11 +736,14 @@ class Exchange:
             spent,
             b"true" if is_odd else b"false",
         )  # fmt: skip
-        self._leave()
+        if self.replica is not None:
+            self._leave()
         g.spool.append(row, self._on_disk)
 
     def _on_disk(self) -> None:
-        self.down.answer(self, self.tail)
+        down = self.down
+        if down.exchange is self:  # Else the client has gone meanwhile.
+            down.done(self.tail)
 
     def open_row(self) -> bytes:
         """As it stands, for the file of what was open when a gateway died: lost, and free."""

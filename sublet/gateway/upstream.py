@@ -38,6 +38,7 @@ _SIZES: dict[bytes, int] = {}
 """Sizes of chunks as they are written: a token's are the same few again and again, and finding one
 is cheaper than reading it."""
 _SIZES_KEPT = 4096
+_HEADS_KEPT = 1024
 
 
 # What the next bytes of a connection are.
@@ -199,32 +200,34 @@ class Upstream(asyncio.Protocol):
             if len(data) > HEAD_LIMIT:
                 self._broken("the head of the reply is too long")
             return
-        head = data[:end].lower()
-        status = head[9:12]
-        if head[:7] != b"http/1." or not status.isdigit():
-            self._broken("the reply is not HTTP/1.1")
+        raw = data[:end]
+        head = _HEADS.get(raw)
+        if head is None:
+            head = _read_head(raw)
+        if head.broken:
+            self._broken(head.broken)
             return
-        if status[:1] == b"1":  # 100 Continue and the like: the answer comes after it.
+        if head.status < 200:  # 100 Continue and the like: the answer comes after it.
             self.buffer = b""
             self._head(data[end + 4 :])
             return
         reader = self.reader
         assert reader is not None
-        length = _content_length(head)
-        is_chunked = length < 0 and b"\r\ntransfer-encoding: chunked" in head
-        if not is_chunked and not 0 <= length <= REPLY_LIMIT:
-            self._broken("the reply has no length")
-            return
         # A reply in chunks that is no event stream is collected like one with a length.
-        is_stream = is_chunked and b"\r\ncontent-type: text/event-stream" in head
-        self.is_stream = is_stream
-        self.is_last = b"\r\nconnection: close" in head
-        self.state = CHUNKS if is_chunked else LENGTH
-        self.left = length if length > 0 else 0
-        self.buffer = b""
+        self.is_stream = is_stream = head.is_stream
+        self.is_last = head.is_last
+        is_chunked = head.length < 0
+        if is_chunked:
+            self.state = CHUNKS
+            self.left = 0
+        else:
+            self.state = LENGTH
+            self.left = head.length
+        if self.buffer:
+            self.buffer = b""
         if self.replica.failures:
             self.replica.answered()
-        reader.answered(self, int(status), is_stream)
+        reader.answered(self, head.status, is_stream)
         if self.reader is not reader:
             return  # It has let go of us.
         rest = data[end + 4 :]
@@ -351,6 +354,42 @@ def _chunk_size(text: bytes) -> int:
     return size
 
 
+class Head:
+    """What the head of a reply says. `length` is -1 where the body comes in chunks."""
+
+    __slots__ = ("broken", "is_last", "is_stream", "length", "status")
+
+    def __init__(self, head: bytes) -> None:
+        head = head.lower()
+        status = head[9:12]
+        self.broken = ""
+        self.status = self.length = 0
+        self.is_stream = self.is_last = False
+        if head[:7] != b"http/1." or not status.isdigit():
+            self.broken = "the reply is not HTTP/1.1"
+            return
+        self.status = int(status)
+        self.length = _content_length(head)
+        self.is_last = b"\r\nconnection: close" in head
+        if self.length < 0 and b"\r\ntransfer-encoding: chunked" in head:
+            self.is_stream = b"\r\ncontent-type: text/event-stream" in head
+        elif self.status >= 200 and not 0 <= self.length <= REPLY_LIMIT:
+            self.broken = "the reply has no length"
+
+
+_HEADS: dict[bytes, Head] = {}
+"""Heads as they were read: a model server's are the same few again and again."""
+
+
+def _read_head(raw: bytes) -> Head:
+    head = Head(raw)
+    if len(raw) < 1024:
+        if len(_HEADS) >= _HEADS_KEPT:
+            _HEADS.clear()
+        _HEADS[raw] = head
+    return head
+
+
 def _content_length(head: bytes) -> int:
     at = head.find(b"\r\ncontent-length:")
     if at < 0:
@@ -358,7 +397,7 @@ def _content_length(head: bytes) -> int:
     at += 17
     end = head.find(b"\r", at)
     text = head[at : end if end >= 0 else len(head)].strip()
-    return int(text) if text.isdigit() and len(text) < 12 else -1
+    return int(text) if text.isdigit() and len(text) < 12 else REPLY_LIMIT + 1
 
 
 async def dial(replica: Replica, factory: Callable[[Replica], Upstream] = Upstream) -> Upstream:

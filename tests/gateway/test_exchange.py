@@ -401,7 +401,7 @@ def test_a_fault_of_ours_releases_what_it_held(
         async with MockServer(path), running(tmp_path, route) as gateway:
             await ask(gateway, chat("n=1"))
             with monkeypatch.context() as patch:
-                patch.setattr(exchange.Exchange, "_forward", lambda *_: 1 // 0)
+                patch.setattr(exchange, "request_head", lambda *_: 1 // 0)
                 patch.setattr("sublet.gateway.edge.say", lambda *_, **__: None)
                 answer = await ask(gateway, chat("n=1"))
             assert answer.status == 500

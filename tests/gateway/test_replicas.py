@@ -100,7 +100,7 @@ def test_a_replica_leaves_under_load(tmp_path: Path) -> None:
             running(tmp_path, a_route("mock", leaves)) as gateway,
         ):
             # An idle connection beside the busy ones.
-            await asyncio.gather(*[ask(gateway, chat("n=1")) for _ in range(5)])
+            await asyncio.gather(*[ask(gateway, chat("n=1 silent=0.2")) for _ in range(5)])
             streams = [
                 asyncio.ensure_future(ask(gateway, chat("n=30 delay=0.01", stream=True)))
                 for _ in range(3)
