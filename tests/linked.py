@@ -349,10 +349,14 @@ class HandSpool:
 
     def __init__(self, folder: Path, name: str, epoch: int) -> None:
         self.folder = folder / name / str(epoch)
-        self.folder.mkdir(parents=True)
+        self.folder.parent.mkdir(exist_ok=True)
         self.number = 1
-        self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        # Locked before it can be seen: a life of long ago without a lock is taken for dead at once.
+        made = folder.parent / f"making-{name}-{epoch}"
+        made.mkdir()
+        self._lock = os.open(made / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        made.rename(self.folder)
 
     @property
     def path(self) -> Path:
