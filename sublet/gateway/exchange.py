@@ -13,13 +13,23 @@ than it looks. The body is parsed once; everything else is cut by byte search.
 from __future__ import annotations
 
 import asyncio
-import re
 from typing import TYPE_CHECKING
 
 from sublet.base.kernel.clock import read_boot_ns
 from sublet.base.wire.gateway import PER_TOKENS, Counts, Outcome, Price, normalise
 from sublet.gateway import errors
-from sublet.gateway.dialects import Events, Prepared, cut_usage, prepare, splice_first
+from sublet.gateway.dialects import (
+    TIMINGS,
+    Events,
+    Prepared,
+    count_texts,
+    cut_counters,
+    cut_usage,
+    input_of,
+    prepare,
+    splice_first,
+    without_comments,
+)
 from sublet.gateway.errors import Refusal
 from sublet.gateway.legs import Counting, Legs, request_head
 from sublet.gateway.purse import cost
@@ -39,11 +49,7 @@ TRIES = 3
 CARRY_LIMIT = 8 << 20
 NEVER = 1 << 62
 DONE = b"data: [DONE]\n\n"
-TIMINGS = b',"timings":{'
 USAGE = b'"usage":{'
-PREDICTED = b'"predicted_n":'
-TOKENS = re.compile(rb'"(?:content|text)":"(?!")')
-"""Text that is not empty. Inside of a text the quotes would be escaped."""
 OUTCOMES = {outcome: outcome.value.encode() for outcome in Outcome}
 
 
@@ -108,18 +114,14 @@ class Exchange:
             charged = p.input_estimate + p.cap * p.n
             self.limits = g.charge(known, charged, now_ns)
             self.charged = charged
-            model = self.model = g.routes.models[route.name]
+            self.model = g.routes.models[route.name]
         except Refusal as refusal:
             self.refuse(refusal)
             return
-        if not self._take(self._first_step(), now_ns):
-            self._ask()
-            return
-        replica = g.pick(model, tier)
-        if replica is None:
-            g.enqueue(model, self)
+        if self._take(self._first_step(), now_ns):
+            self._place()
         else:
-            self.placed(replica)
+            self._ask()
 
     def _first_step(self) -> int:
         """All of it for an answer in one piece; a step of it for a stream."""
@@ -237,11 +239,6 @@ class Exchange:
         if p.needs_count:
             p.needs_count = False
             self.legs = Counting(self, replica)
-        elif p.legs == 1 and replica.idle and not self.tries:
-            # As `send` and `_forward` do, in one place: the road of nearly all requests.
-            up = self.up = replica.idle.popitem()[0]
-            body = p.render(self.cap)
-            up.send(self, request_head(p.path, self.rid, len(body)), body)
         else:
             self.send()
 
@@ -401,12 +398,14 @@ class Exchange:
         if self.first_us is None:
             self.first_us = self.g.now_us()
             data = splice_first(data, self.tier)
-        at = data.find(TIMINGS)
-        if at >= 0:
-            data = self._cut_timings(data, at)
+        if TIMINGS in data:
+            if self.counts is None:
+                self.counts = input_of(data)  # For a stream that may be cut before its usage.
+            data, made = cut_counters(data)
+            if made is not None:
+                self.made = made
         elif not p.is_counted:
-            # The role's event and the last one are no tokens.
-            self.made += len(TOKENS.findall(data))
+            self.made += count_texts(data)
         if USAGE in data:
             data, usage = cut_usage(data, p.wants_usage)
             if usage is not None:
@@ -436,31 +435,6 @@ class Exchange:
         if data[:1] == b":" or b"\n:" in data:
             data = without_comments(data)
         return data
-
-    def _cut_timings(self, data: bytes, at: int) -> bytes:
-        """Take each event's own count, and take it out: an object of numbers, so the next `}` ends
-        it. Inside a string its quotes would be escaped, so it is never found there."""
-        parts = []
-        begin = 0
-        while at >= 0:
-            end = data.find(b"}", at) + 1
-            if not end:
-                break
-            parts.append(data[begin:at])
-            made = _number(data, PREDICTED, at, end)
-            if made is not None:
-                self.made = made
-                if self.counts is None:
-                    # The input, for a stream that may be cut before its usage.
-                    self.counts = Counts(
-                        input_uncached=_number(data, b'"prompt_n":', at, end) or 0,
-                        cache_read=_number(data, b'"cache_n":', at, end) or 0,
-                        output=0,
-                    )
-            begin = end
-            at = data.find(TIMINGS, end)
-        parts.append(data[begin:])
-        return b"".join(parts)
 
     def _rewrite(self, data: bytes) -> None:
         """The slow path: events are parsed and written anew."""
@@ -716,9 +690,7 @@ class Exchange:
         tokens = uncached + cached + output
         known.purse.settle(self.held, self.held_tokens, spent, tokens)
         self.held = self.held_tokens = 0
-        unused = self.charged - tokens
-        for bucket in known.token_buckets:
-            bucket.settle(-unused)
+        g.give_back(known, self.charged - tokens)
         first_us = self.first_us
         if first_us is not None:
             g.note_latency(p.route.name, first_us - self.started_us)
@@ -760,24 +732,3 @@ class Exchange:
                 self.made,
             )
         )
-
-
-def _number(data: bytes, member: bytes, begin: int, end: int) -> int | None:
-    """The whole number that a member of an object of numbers holds."""
-    at = data.find(member, begin, end)
-    if at < 0:
-        return None
-    at += len(member)
-    stop = data.find(b",", at, end)
-    digits = data[at : stop if stop >= 0 else end - 1]
-    return int(digits) if digits.isdigit() else None
-
-
-def without_comments(events: bytes) -> bytes:
-    """Whole events, less the lines that begin with a colon; an event of comments alone is none."""
-    kept = []
-    for event in events.split(b"\n\n"):
-        lines = [line for line in event.split(b"\n") if line and not line.startswith(b":")]
-        if lines:
-            kept.append(b"\n".join(lines) + b"\n\n")
-    return b"".join(kept)

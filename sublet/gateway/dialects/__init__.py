@@ -24,7 +24,15 @@ from sublet.gateway.dialects.embeddings import Embeddings
 from sublet.gateway.dialects.events import Events
 from sublet.gateway.dialects.messages import CountTokens, Messages
 from sublet.gateway.dialects.prepared import Model, Prepared, find_route
-from sublet.gateway.dialects.streams import cut_counters, cut_usage, splice_first
+from sublet.gateway.dialects.streams import (
+    TIMINGS,
+    count_texts,
+    cut_counters,
+    cut_usage,
+    input_of,
+    splice_first,
+    without_comments,
+)
 from sublet.gateway.dialects.surfaces import SURFACES, Surface, model_list, model_object
 
 _READERS: dict[Surface, tuple[type[Prepared], str]] = {
@@ -45,14 +53,18 @@ def prepare(surface: Surface, raw: bytes, models: Mapping[str, Model]) -> Prepar
 
 __all__ = [
     "SURFACES",
+    "TIMINGS",
     "Events",
     "Model",
     "Prepared",
     "Surface",
+    "count_texts",
     "cut_counters",
     "cut_usage",
+    "input_of",
     "model_list",
     "model_object",
     "prepare",
     "splice_first",
+    "without_comments",
 ]

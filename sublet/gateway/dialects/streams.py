@@ -11,13 +11,20 @@ string, so their braces can be counted.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import orjson
 
+from sublet.base.wire.gateway import Counts
+
 USAGE = b',"usage":{'
 TIMINGS = b',"timings":{'
 PREDICTED = b'"predicted_n":'
+PROMPT = b'"prompt_n":'
+CACHED = b'"cache_n":'
+TEXTS = re.compile(rb'"(?:content|text)":"(?!")')
+"""Text that is not empty."""
 NO_USAGE = b',"usage":null'
 NO_TIER = b',"service_tier":null'
 NO_CHOICES = b'"choices":[]'
@@ -48,16 +55,51 @@ def cut_counters(events: bytes) -> tuple[bytes, int | None]:
         end = object_end(events, at + len(TIMINGS) - 1)
         if end < 0:
             break
-        n = events.find(PREDICTED, at, end)
-        if n >= 0:
-            digits = events[n + len(PREDICTED) : end - 1].partition(b",")[0]
-            if digits.isdigit():
-                made = int(digits)
+        counted = _number(events, PREDICTED, at, end)
+        if counted is not None:
+            made = counted
         parts.append(events[begin:at])
         begin = end
         at = events.find(TIMINGS, end)
     parts.append(events[begin:])
     return b"".join(parts), made
+
+
+def input_of(events: bytes) -> Counts | None:
+    """The input as the engine's first `timings` in these events tell it; None: they do not."""
+    at = events.find(TIMINGS)
+    end = object_end(events, at + len(TIMINGS) - 1) if at >= 0 else -1
+    if end < 0:
+        return None
+    return Counts(
+        input_uncached=_number(events, PROMPT, at, end) or 0,
+        cache_read=_number(events, CACHED, at, end) or 0,
+        output=0,
+    )
+
+
+def _number(events: bytes, member: bytes, begin: int, end: int) -> int | None:
+    """The whole number that a member of an object of numbers holds."""
+    at = events.find(member, begin, end)
+    if at < 0:
+        return None
+    digits = events[at + len(member) : end - 1].partition(b",")[0]
+    return int(digits) if digits.isdigit() else None
+
+
+def count_texts(events: bytes) -> int:
+    """Events that hold text, for engines that tell no counts: the role's and the last are none."""
+    return len(TEXTS.findall(events))
+
+
+def without_comments(events: bytes) -> bytes:
+    """Whole events, less the lines that begin with a colon; an event of comments alone is none."""
+    kept = []
+    for event in events.split(b"\n\n"):
+        lines = [line for line in event.split(b"\n") if line and not line.startswith(b":")]
+        if lines:
+            kept.append(b"\n".join(lines) + b"\n\n")
+    return b"".join(kept)
 
 
 def cut_usage(events: bytes, wants: int) -> tuple[bytes, dict[str, Any] | None]:
