@@ -58,7 +58,7 @@ class Exchange:
 
     __slots__ = (
         "cap", "carry", "charged", "counts", "covered", "down", "events", "first_us", "g",
-        "has_begun", "held", "held_tokens", "is_asking", "is_over", "is_starved", "known", "legs",
+        "has_begun", "held", "held_tokens", "is_asking", "is_left", "is_over", "is_starved", "known", "legs",
         "limits", "made", "model", "p", "price", "replica", "request", "rid", "soft", "started_us",
         "status", "tail", "tier", "timer", "tries", "up", "wrote_ns",
     )  # fmt: skip
@@ -92,6 +92,7 @@ class Exchange:
         self.held = self.held_tokens = self.charged = self.covered = 0
         self.made = self.status = self.wrote_ns = self.started_us = 0
         self.has_begun = self.is_over = self.is_asking = self.is_starved = False
+        self.is_left = False
 
     # ---- admission -------------------------------------------------------------------------
 
@@ -292,6 +293,9 @@ class Exchange:
         self.status = 0
         self.tries = (*self.tries, replica)
         self._leave()
+        if self.is_left:
+            self._settle(Outcome.CLIENT_GONE, self.g.now_us())
+            return
         if len(self.tries) < TRIES:
             other = self.g.pick(model, self.tier, self.tries)
             if other is None and is_stale and not replica.is_leaving:
@@ -379,7 +383,7 @@ class Exchange:
             len(body),
             body,
         )
-        self._settle(Outcome.OK, now_us)
+        self._settle(Outcome.CLIENT_GONE if self.is_left else Outcome.OK, now_us)
 
     def streamed(self, data: bytes) -> None:
         """A read of the engine's stream: whole events go on, the rest waits for the next read."""
@@ -614,8 +618,13 @@ class Exchange:
             self.refuse(Refusal(500, "unavailable", "This gateway made a mistake: try again."))
 
     def client_gone(self) -> None:
-        """Nobody listens: the engine stops at once; what it had told of is billed."""
+        """Nobody listens: the engine stops at once; what it had told of is billed. One that cannot be
+        stopped is heard out, so that who hangs up takes neither its slot nor its work for nothing."""
         if self.is_over:
+            return
+        is_asked = self.up is not None or isinstance(self.legs, Legs)
+        if is_asked and not self.p.stream and not self.p.route.stops_unstreamed:
+            self.is_left = True
             return
         self._let_engine_go()
         self.stop_waiting()

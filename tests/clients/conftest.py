@@ -168,7 +168,12 @@ def shop() -> Iterator[Shop]:
         mock = folder / "mock.sock"
         stack.enter_context(_process([sys.executable, str(MOCK), str(mock)], mock))
         models = [
-            a_route(SMOL, stack.enter_context(_model(chat, folder, 2)), context=2048),
+            a_route(
+                SMOL,
+                stack.enter_context(_model(chat, folder, 2)),
+                context=2048,
+                stops_unstreamed=LLAMA.stops_unstreamed,
+            ),
             a_route(
                 MINILM, stack.enter_context(_model(embed, folder, 2)), kind="embed", context=512
             ),

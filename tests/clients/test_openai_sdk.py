@@ -393,6 +393,31 @@ def test_a_stream_that_is_left_is_stopped_and_billed(client: openai.OpenAI, shop
     assert 4 <= row.output <= 40
 
 
+def test_a_real_model_server_is_heard_out_where_nothing_streams(
+    client: openai.OpenAI, shop: Shop
+) -> None:
+    """llama.cpp goes on for nobody there: who hangs up pays for what it made."""
+    shop.await_idle(SMOL)
+    before = {event.id for e in shop.gateway.epochs() for event in shop.gateway.events(e)}
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.3, max_retries=0).chat.completions.create(
+            model=SMOL,
+            messages=steer("Tell a very long story of the sea, with many chapters."),
+            max_tokens=200,
+            logit_bias={"2": -100},
+        )
+    shop.await_idle(SMOL, seconds=30)
+    end = time.monotonic() + 5
+    while True:
+        rows = [event for e in shop.gateway.epochs() for event in shop.gateway.events(e)]
+        fresh = [row for row in rows if row.id not in before]
+        if fresh:
+            break
+        assert time.monotonic() < end, "it is not billed"
+        time.sleep(0.02)
+    assert [(row.outcome, row.output) for row in fresh] == [("client_gone", 200)]
+
+
 def test_a_real_model_server_stops_for_who_left(client: openai.OpenAI, shop: Shop) -> None:
     shop.await_idle(SMOL)
     with client.chat.completions.create(

@@ -105,6 +105,47 @@ def test_a_client_goes_in_the_middle(tmp_path: Path, is_stream: bool) -> None:
     run(work)
 
 
+def test_an_engine_that_cannot_be_stopped_is_heard_out(tmp_path: Path) -> None:
+    """Its slot is taken until it ends, and what it made is billed: hanging up gains nothing."""
+
+    async def work() -> None:
+        path = socket_path(tmp_path)
+        route = a_route("mock", a_replica(path, slots=4), stops_unstreamed=False)
+        async with MockServer(path) as mock, running(tmp_path, route) as gateway:
+            for extra, made in (({}, 30), ({"n": 2}, 60)):
+                before = mock.made
+                async with Client(gateway.port) as client:
+                    client.post(chat("n=30 delay=0.01 prompt=7", **extra))
+                    await until(lambda before=before: mock.made >= before + 5)
+                await until(lambda: not gateway.g.connections)
+                assert sum(r.inflight for r in gateway.g.routes.replicas.values()) > 0
+                await until(lambda: not gateway.g.open)
+                row = gateway.rows()[-1] if gateway.rows() else await gateway.row()
+                assert (row.outcome, row.output, mock.made - before) == ("client_gone", made, made)
+                assert row.micros == cost(PRICES["default"], 7, 0, made)
+                await until(lambda: not any(r.inflight for r in gateway.g.routes.replicas.values()))
+
+    run(work)
+
+
+def test_an_engine_that_is_heard_out_may_die(tmp_path: Path) -> None:
+    """Nobody waits for another answer: it is asked nowhere else, and nothing is billed."""
+
+    async def work() -> None:
+        path = socket_path(tmp_path)
+        route = a_route("mock", a_replica(path, slots=4), stops_unstreamed=False)
+        async with MockServer(path) as mock, running(tmp_path, route) as gateway:
+            async with Client(gateway.port) as client:
+                client.post(chat("n=30 delay=0.01 die=20"))
+                await until(lambda: mock.made >= 5)
+            await until(lambda: not gateway.g.open)
+            row = await gateway.row()
+            assert (row.outcome, row.output, row.micros) == ("client_gone", 0, 0)
+            assert gateway.purse.held == 0
+
+    run(work)
+
+
 def test_a_client_goes_at_any_moment(tmp_path: Path) -> None:
     """Sixty that go a little later each, with and without legs, tools and streams."""
 

@@ -259,6 +259,7 @@ def _route(
         is_sealed=model.is_sealed,
         max_n=MAX_N,
         splits_n=server.splits_n,
+        stops_unstreamed=server.stops_unstreamed,
         counters=server.counters,
         fields={
             surface: tuple(name for name in names if name not in hidden)

@@ -94,6 +94,9 @@ class ModelRoute:
     queue_seconds: int = 30
     """How long a request may wait for a replica (scale from zero included)."""
     queue_length: int = 1000
+    stops_unstreamed: bool = True
+    """It ends a generation that is not streamed when its asker goes. Else it is heard out: its slot
+    is not free before, and what it made is billed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,6 +60,7 @@ class LlamaCpp:
     revealing = frozenset({"logprobs", "top_logprobs", "logit_bias"})
     counters = "timings_per_token"
     splits_n = True
+    stops_unstreamed = False
     normaliser = "llama.cpp"
 
     def spawn(self, model: ModelFacts, *, devices: int, slots: int) -> ServerSpec:

@@ -74,6 +74,8 @@ class ModelServer(Protocol):
     """What is asked of it so that each event tells its count."""
     splits_n: bool
     """It under-reports `n`: the gateway asks n times."""
+    stops_unstreamed: bool
+    """It ends a generation that is not streamed when its asker goes."""
     normaliser: str
     """Of its usage, in `base.wire.gateway`."""
 

@@ -59,6 +59,7 @@ class Vllm:
     revealing = frozenset({"logprobs", "top_logprobs", "logit_bias", "echo"})
     counters = "continuous_usage_stats"
     splits_n = False
+    stops_unstreamed = True
     normaliser = "vllm"
 
     def __init__(self, *, tool_parser: str = "hermes") -> None:
