@@ -32,7 +32,7 @@ def report(error: Exception) -> int:
         return error.exit_code
     # Costly to import, and only needed once something has gone wrong.
     from sublet.base.kernel.errors import SubletError
-    from sublet.sdk.errors import ApiError, ClientError
+    from sublet.sdk.errors import ApiError, ClientError, Unreachable
 
     if isinstance(error, ApiError):
         _show_json(error)
@@ -44,7 +44,12 @@ def report(error: Exception) -> int:
         _say(sentence(error.message, error.code, error.param, error.details))
         return FAILED
     if isinstance(error, ClientError):
-        _say(f"{str(error).rstrip('.')}. Set SUBLET_URL, or open one with `sublet up`.")
+        way = (
+            " Set SUBLET_URL, or open one with `sublet up`."
+            if isinstance(error, Unreachable)
+            else ""
+        )
+        _say(f"{str(error).rstrip('.')}.{way}")
         return FAILED
     found = _wrong_field(error)
     if found is not None:

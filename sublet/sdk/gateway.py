@@ -120,7 +120,7 @@ def _pieces(answer: httpx2.Response) -> Iterator[Piece]:
                 text=choice["delta"].get("content") or "", finish_reason=choice["finish_reason"]
             )
     if not is_whole:
-        raise UnexpectedAnswer("the answer broke off before its end")
+        raise UnexpectedAnswer("the answer broke off before its end: ask again")
 
 
 def _check(answer: httpx2.Response) -> None:
@@ -136,6 +136,7 @@ def _check(answer: httpx2.Response) -> None:
 
 
 def _error(answer: httpx2.Response, error: Mapping[str, Any]) -> ApiError:
+    after = answer.headers.get("retry-after", "")
     return ApiError(
         status=answer.status_code if answer.status_code != 200 else 503,
         type=str(error.get("type")),
@@ -144,5 +145,5 @@ def _error(answer: httpx2.Response, error: Mapping[str, Any]) -> ApiError:
         param=error.get("param"),
         details={},
         request_id=answer.headers.get("x-request-id", ""),
-        retry_after_seconds=int(answer.headers.get("retry-after", "0")) or None,
+        retry_after_seconds=int(after) if after.isdigit() else None,
     )

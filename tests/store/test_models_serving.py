@@ -127,12 +127,12 @@ def test_without_room_it_is_tried_again_and_says_why(make_cloud: Make) -> None:
     assert cloud.replicas() == []
     seen = cloud.deployment(made)
     assert seen.failure is not None
-    assert 3 <= seen.failures <= 6
+    assert seen.failures == 0, "out of stock is no failed start"
     assert seen.version == made.version
     with cloud.books.work(cloud.buyer.actor()) as work:
         compute.terminate(work, cloud.buyer, blocker.id)
-    cloud.run(90)
-    assert len(cloud.ready()) == 1
+    cloud.run(60)
+    assert len(cloud.ready()) == 1, "as soon as there is room, however long there was none"
     assert cloud.deployment(made).failure is None
     cloud.run(90)
     assert cloud.deployment(made).failures == 0

@@ -323,7 +323,10 @@ class ModelsLoop:
             )
             with self._books.work(ACTOR) as work:
                 self._rent(work, deployment, model, server, is_filler, number, load)
-        except (NoCapacity, Conflict, Invalid, NotFound) as refused:
+        except NoCapacity as refused:
+            with self._books.work(ACTOR) as work:
+                _note_no_room(work, deployment.id, refused.message)
+        except (Conflict, Invalid, NotFound) as refused:
             with self._books.work(ACTOR) as work:
                 _note_failure(work, deployment.id, refused.message)
 
@@ -424,6 +427,16 @@ def _tell(work: Work, replica: Replica, state: ReplicaState) -> None:
     work.emit(
         ReplicaChanged(replica_id=replica.id, deployment_id=replica.deployment_id, state=str(state))
     )
+
+
+def _note_no_room(work: Work, deployment_id: str, why: str) -> None:
+    """Out of stock is no failed start: it is asked for again soon, so that a device which comes back
+    is used while requests still wait for it."""
+    deployment = store.get_deployment(work.tx, deployment_id)
+    retry_at = work.now + scaling.NO_ROOM
+    store.note_deployment(work.tx, deployment, failure=why, retry_at=retry_at)
+    if deployment.failure != why:
+        log.info("replica_awaits_room", deployment_id=deployment_id, why=why)
 
 
 def _note_failure(work: Work, deployment_id: str, why: str) -> None:

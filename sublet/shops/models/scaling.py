@@ -25,6 +25,8 @@ from sublet.shops.models.model import (
 )
 
 CALM = timedelta(seconds=30)
+NO_ROOM = timedelta(seconds=2)
+"""Until devices are asked for again, where there were none."""
 BACK_OFF = (2, 5, 15, 30, 60)
 """Seconds until another start is tried, by how many failed in a row."""
 
