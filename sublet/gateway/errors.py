@@ -12,7 +12,7 @@ from __future__ import annotations
 import orjson
 
 _INVALID = "invalid_request_error"
-_ANTHROPIC_SURFACES = frozenset(("messages", "count_tokens"))
+ANTHROPIC_SURFACES = frozenset(("messages", "count_tokens"))
 
 KINDS: dict[str, tuple[str, str]] = {
     # code: (OpenAI's type, Anthropic's type)
@@ -87,7 +87,7 @@ def head(refusal: Refusal) -> bytes:
 def kind(surface: str | None, code: str) -> str:
     """The type of error in the family of the surface; an unknown code is the server's fault."""
     known = KINDS.get(code, ("server_error", "api_error"))
-    return known[1] if surface in _ANTHROPIC_SURFACES else known[0]
+    return known[1] if surface in ANTHROPIC_SURFACES else known[0]
 
 
 def body(surface: str | None, refusal: Refusal) -> bytes:
@@ -98,7 +98,7 @@ def body(surface: str | None, refusal: Refusal) -> bytes:
         "code": refusal.code,
         "param": refusal.param,
     }
-    if surface in _ANTHROPIC_SURFACES:
+    if surface in ANTHROPIC_SURFACES:
         return orjson.dumps({"type": "error", "error": error})
     if refusal.type is not None:
         error["type"] = refusal.type
@@ -108,6 +108,6 @@ def body(surface: str | None, refusal: Refusal) -> bytes:
 def frame(surface: str | None, code: str, message: str) -> bytes:
     """The last frame of a stream that cannot go on: SDKs raise on it. No end mark follows."""
     error = {"message": message, "type": kind(surface, code), "code": code, "param": None}
-    if surface in _ANTHROPIC_SURFACES:
+    if surface in ANTHROPIC_SURFACES:
         return b"event: error\ndata: %b\n\n" % orjson.dumps({"type": "error", "error": error})
     return b"data: %b\n\n" % orjson.dumps({"error": error})

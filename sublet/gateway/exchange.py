@@ -48,6 +48,7 @@ TRIES = 3
 """Attempts before the first byte."""
 CARRY_LIMIT = 8 << 20
 NEVER = 1 << 62
+THEIR_ID = b"request-id"
 DONE = b"data: [DONE]\n\n"
 USAGE = b'"usage":{'
 OUTCOMES = {outcome: outcome.value.encode() for outcome in Outcome}
@@ -115,6 +116,8 @@ class Exchange:
             charged = p.input_estimate + p.cap * p.n
             self.limits = g.charge(known, charged, now_ns)
             self.charged = charged
+            if request.surface in errors.ANTHROPIC_SURFACES:
+                self.limits += self._their_id()
             self.model = g.routes.models[route.name]
         except Refusal as refusal:
             self.refuse(refusal)
@@ -644,13 +647,21 @@ class Exchange:
             return
         if not self.limits and hasattr(self, "known"):
             self.limits = self.g.limit_headers(self.known, read_boot_ns())
-        body = errors.body(self.request.surface, refusal)
+        surface = self.request.surface
+        if surface in errors.ANTHROPIC_SURFACES and THEIR_ID not in self.limits:
+            self.limits = (refusal.headers or self.limits) + self._their_id()
+            refusal.headers = b""
+        body = errors.body(surface, refusal)
         self.tail = self.down.error(refusal, body, self.rid, self.limits)
         if self.replica is None and not self.tries:
             self._close_unbilled()
             self._on_disk()
         else:
             self._settle(Outcome.FAILED, self.g.now_us())
+
+    def _their_id(self) -> bytes:
+        """The request's id where Anthropic's SDK looks for it."""
+        return b"%b: %b\r\n" % (THEIR_ID, self.rid)
 
     def _let_engine_go(self) -> None:
         up, self.up = self.up, None

@@ -47,6 +47,7 @@ def test_a_message_and_its_bill(client: anthropic.Anthropic, shop: Shop) -> None
     assert "Paris" in block.text
     assert (answer.role, answer.type, answer.model) == ("assistant", "message", SMOL)
     assert answer.stop_reason in ("end_turn", "max_tokens")
+    assert raw.headers["request-id"] == raw.headers["x-request-id"], "their SDK reads the first"
     row = shop.bill(raw.headers["x-request-id"])
     assert row.surface == "messages"
     assert row.output == answer.usage.output_tokens
@@ -162,7 +163,7 @@ def test_each_cause_raises_its_own_class(client: anthropic.Anthropic, shop: Shop
         body: Any = raised.value.body
         assert body["type"] == "error"
         assert body["error"]["type"] == name, given
-        assert raised.value.response.headers["x-request-id"]
+        assert raised.value.request_id == raised.value.response.headers["x-request-id"]
 
 
 def test_a_cut_stream_raises_and_bills_what_was_delivered(
