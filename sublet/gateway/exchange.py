@@ -366,10 +366,12 @@ class Exchange:
 
     def refused(self, status: int, body: bytes) -> None:
         """The engine answered with an error, or with another kind of answer than was asked."""
-        if (status >= 500 and status != 501) or status == 200:
+        refusal = None if status == 200 else self.p.refusal(status, body)
+        if refusal is None or refusal.status >= 500:
             self._again(f"it answered {status}")
         else:
-            self.refuse(self.p.refusal(status, body))
+            # The request is at fault, whatever status the engine has for that.
+            self.refuse(refusal)
 
     def answer(self, body: bytes, counts: Counts) -> None:
         """A whole answer: settled now, sent once its row is on disk."""

@@ -209,6 +209,17 @@ def test_embeddings_in_base64_and_in_numbers_are_the_same(
     assert row.input_uncached + row.cache_read > 3
 
 
+def test_an_input_too_long_to_embed_is_the_request_s_fault_and_free(
+    client: openai.OpenAI, shop: Shop
+) -> None:
+    """The engine answers 500 to it, as if another replica might do better."""
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.embeddings.create(model=MINILM, input="word " * 2000)
+    assert (raised.value.code, raised.value.param) == ("context_length_exceeded", "input")
+    row = shop.bill(raised.value.response.headers["x-request-id"])
+    assert (row.outcome, row.micros) == ("failed", 0)
+
+
 def test_the_models_are_listed_and_shown(client: openai.OpenAI, shop: Shop) -> None:
     assert {model.id for model in client.models.list()} >= {SMOL, MINILM, MOCKED, GONE}
     assert client.models.retrieve(SMOL).owned_by

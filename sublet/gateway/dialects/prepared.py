@@ -165,13 +165,18 @@ class Prepared:
     def too_long(self, count: int) -> Refusal:
         limit = self.route.context
         asked = self.asked if self.asked is not None else self.cap
+        told = f"{count} input tokens"
+        advice = "Shorten the input."
+        if asked:
+            told += f" and asks for {asked} output tokens: {count} + {asked} > {limit}"
+            advice = "Shorten the input or ask for less output."
+        param = next(name for name in ("messages", "prompt", "input") if name in self.body)
         return Refusal(
             400,
             "context_length_exceeded",
-            f"This model's maximum context length is {limit} tokens, and this request has {count} "
-            f"input tokens and asks for {asked} output tokens: {count} + {asked} > {limit}. "
-            "Shorten the input or ask for less output.",
-            param="messages" if "messages" in self.body else "prompt",
+            f"This model's maximum context length is {limit} tokens, and this request has {told}. "
+            + advice,
+            param=param,
         )
 
     # ---- from the engine -------------------------------------------------------------------
