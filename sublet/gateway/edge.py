@@ -222,13 +222,11 @@ class Downstream(asyncio.Protocol):
             if self.waits == AWAIT_BODY:
                 return  # A trailer: of no meaning here.
             self.fields += len(name) + len(value)
-        # By the spellings that clients use; the others take the longer way.
-        known = _HEADERS.get(name, _unknown)
+        try:
+            known = _HEADERS[name]
+        except KeyError:
+            known = _HEADERS.get(name.lower())  # A spelling of its own.
         if known is not None:
-            if known is _unknown:
-                known = _HEADERS.get(name.lower())
-                if known is None:
-                    return
             known(self.request, value)
 
     def on_headers_complete(self) -> None:
@@ -511,13 +509,11 @@ def _api_key(request: Request, value: bytes) -> None:
     request.secret = value.strip()
 
 
-def _host(request: Request, value: bytes) -> None:
-    del value
+def _host(request: Request, _value: bytes) -> None:
     request.hosts += 1
 
 
-def _connection(request: Request, value: bytes) -> None:
-    del value
+def _connection(request: Request, _value: bytes) -> None:
     request.has_connection = True
 
 
@@ -546,10 +542,6 @@ def _content_encoding(request: Request, value: bytes) -> None:
         request.refusal = Refusal(
             400, "invalid_request", "Send the body as it is, without Content-Encoding."
         )
-
-
-def _unknown(request: Request, value: bytes) -> None:
-    """Stands for the spellings that are not in the table."""
 
 
 _HEADERS: dict[bytes, Any] = {

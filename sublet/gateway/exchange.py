@@ -59,7 +59,7 @@ class Exchange:
 
     __slots__ = (
         "cap", "carry", "charged", "counts", "covered", "down", "events", "first_us", "g",
-        "has_begun", "held", "held_tokens", "is_asking", "is_left", "is_over", "is_starved", "known", "legs",
+        "has_begun", "heads", "held", "held_tokens", "is_asking", "is_left", "is_over", "is_starved", "known", "legs",
         "limits", "made", "model", "p", "price", "replica", "request", "rid", "soft", "started_us",
         "status", "tail", "tier", "timer", "tries", "up", "wrote_ns",
     )  # fmt: skip
@@ -69,6 +69,8 @@ class Exchange:
     p: Prepared
     price: Price
     tier: str
+    heads: tuple[bytes, bytes]
+    """What the answer is headed with, in one piece and as a stream."""
     cap: int
     """Output tokens of each choice, as the engine is told."""
     soft: int
@@ -118,7 +120,8 @@ class Exchange:
             self.charged = charged
             if request.surface in errors.ANTHROPIC_SURFACES:
                 self.limits += self._their_id()
-            self.model = g.routes.models[route.name]
+            model = self.model = g.routes.models[route.name]
+            self.heads = model.heads[tier]
         except Refusal as refusal:
             self.refuse(refusal)
             return
@@ -146,9 +149,10 @@ class Exchange:
         self.held_tokens = tokens
         self.covered = output
         self.soft = output - (STEP_TOKENS >> 1) if output < self.cap * p.n else output
-        ask = purse.want(0, 0, begins_ns or read_boot_ns())
-        if ask is not None:
-            self.g.control.ask(ask)
+        if purse.is_low or not begins_ns:
+            ask = purse.want(0, 0, begins_ns or read_boot_ns())
+            if ask is not None:
+                self.g.control.ask(ask)
         return True
 
     def _ask(self) -> None:
@@ -244,20 +248,18 @@ class Exchange:
             p.needs_count = False
             self.legs = Counting(self, replica)
         else:
-            self.send()
+            self.send(replica)
 
-    def send(self) -> None:
-        """To the replica, on one connection or several."""
-        replica = self.replica
-        assert replica is not None
+    def send(self, replica: Replica) -> None:
+        """On one connection or several."""
         if self.p.legs > 1:
             self.legs = Legs(self, replica, self.p.legs)
+            return
+        up = self.idle_connection(replica)
+        if up is not None:
+            self._forward(up)
         else:
-            up = self.idle_connection(replica)
-            if up is not None:
-                self._forward(up)
-            else:
-                self.g.spawn(self._dial(replica))
+            self.g.spawn(self._dial(replica))
 
     def idle_connection(self, replica: Replica) -> Upstream | None:
         """One from the pool; none where it was tried before, since all of them may be stale."""
@@ -384,7 +386,7 @@ class Exchange:
             self.rid,
             self.down.connection,
             self.limits,
-            g.served_by(self.p.route, self.tier)[0],
+            self.heads[0],
             len(body),
             body,
         )
@@ -570,7 +572,7 @@ class Exchange:
             self.rid,
             down.connection,
             self.limits,
-            g.served_by(self.p.route, self.tier)[1],
+            self.heads[1],
             b"transfer-encoding: chunked\r\n\r\n" if down.is_chunked else b"\r\n",
         )
 

@@ -211,7 +211,7 @@ class Counting:
         except Refusal as refusal:
             exchange.refuse(refusal)
             return
-        exchange.send()
+        exchange.send(self.replica)
 
     def lost(self, up: Upstream, why: str) -> None:
         self.up = None

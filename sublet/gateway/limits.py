@@ -66,10 +66,13 @@ class Bucket:
             return self.share
         return level // MINUTE_NS if level > 0 else 0
 
-    def reset_ns(self, now_ns: int) -> int:
-        """Until the bucket is full, if nothing more is taken."""
-        lacks = self._full - self._level - (now_ns - self._at_ns) * self.share
-        return -(-lacks // self.share) if lacks > 0 else 0
+    def told(self, now_ns: int) -> tuple[int, bytes]:
+        """What remains, and the duration until the bucket is full if nothing more is taken."""
+        level = self._level + (now_ns - self._at_ns) * self.share
+        lacks = self._full - level
+        if lacks <= 0:
+            return self.share, b"0s"
+        return level // MINUTE_NS if level > 0 else 0, duration(-(-lacks // self.share))
 
     def wait_ns(self, n: int, now_ns: int) -> int | None:
         """Until `n` would be granted; None: it never is."""
@@ -82,9 +85,9 @@ class Bucket:
 
 def duration(ns: int) -> bytes:
     """As OpenAI writes durations: `6m0s`, `8.64s`, `1s`, `20ms`. To the millisecond, rounded up."""
+    if ns <= 999_000_000:
+        return b"%dms" % -(-ns // 1_000_000) if ns > 0 else b"0s"
     ms = -(-ns // 1_000_000)
-    if ms < 1000:
-        return b"%dms" % ms if ms > 0 else b"0s"
     seconds, ms = divmod(ms, 1000)
     tail = b"s" if ms == 0 else (b".%03d" % ms).rstrip(b"0") + b"s"
     if seconds < 60:

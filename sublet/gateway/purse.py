@@ -42,11 +42,10 @@ MOST = 1 << 50
 
 def cost(price: Price, uncached: int, cached: int, output: int) -> int:
     """Micros for so many tokens, each class rounded up: never less than billing posts."""
-    return (
-        -(-uncached * price.input_micros // PER_TOKENS)
-        - (-cached * price.cached_micros // PER_TOKENS)
-        - (-output * price.output_micros // PER_TOKENS)
-    )
+    micros = -(-uncached * price.input_micros // PER_TOKENS)
+    if cached:
+        micros -= -cached * price.cached_micros // PER_TOKENS
+    return micros - (-output * price.output_micros // PER_TOKENS)
 
 
 class Purse:
@@ -87,6 +86,7 @@ class Purse:
         "is_awake",
         "is_first_party",
         "is_free",
+        "is_low",
         "key_id",
         "resets_us",
         "spent",
@@ -100,6 +100,8 @@ class Purse:
         self._epoch = epoch
         self.is_first_party = False
         self.is_free = False
+        self.is_low = False
+        """After the last hold: it is time to ask ahead (`want`)."""
         self.is_awake = False
         """There is something to sweep: a slice in hand, or a request without its answer."""
         # Below zero until the first Allowance: without one not even a hold of nothing is taken,
@@ -154,11 +156,17 @@ class Purse:
         if not self.is_free:
             if now_ns >= self._expires_ns:
                 return False
-            if self.granted - self.spent - self.held < micros:
+            left = self.granted - self.spent - self.held - micros
+            if left < 0:
                 return False
+            is_low = left < self._low or now_ns >= self._renew_ns
             limit = self.granted_tokens
-            if limit is not None and limit - self.spent_tokens - self.held_tokens < tokens:
-                return False
+            if limit is not None:
+                left = limit - self.spent_tokens - self.held_tokens - tokens
+                if left < 0:
+                    return False
+                is_low = is_low or left < self._low_tokens
+            self.is_low = is_low
         self.held += micros
         self.held_tokens += tokens
         self.takes += 1
@@ -179,7 +187,8 @@ class Purse:
         assert self.held >= 0, "released more than was held"
 
     def want(self, needed_micros: int, needed_tokens: int, now_ns: int) -> AllowanceRequest | None:
-        """The request to send now, if any: call it after every hold, taken or not.
+        """The request to send now, if any: call it after a hold that was not taken, and after one
+        that left the purse low or went on with what runs.
 
         After one that was taken nothing is needed (0, 0): then it asks ahead. At most one request
         is outstanding; what others need meanwhile is added to the next.

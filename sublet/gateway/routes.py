@@ -22,6 +22,8 @@ from sublet.base.wire.gateway import (
 from sublet.gateway.limits import Bucket
 from sublet.gateway.purse import Purse
 
+WHOLE = b"content-type: application/json\r\ncontent-length: "
+STREAM = b"content-type: text/event-stream\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 SECRETS_KEPT = 4096
 """Secrets of valid keys whose digest is known."""
 
@@ -60,7 +62,7 @@ class Known:
 class Model:
     """One model and the requests that wait for a replica of it."""
 
-    __slots__ = ("name", "prices", "replicas", "route", "waiting")
+    __slots__ = ("heads", "name", "replicas", "route", "waiting")
 
     def __init__(self, route: ModelRoute) -> None:
         self.name = route.name
@@ -70,7 +72,18 @@ class Model:
 
     def take(self, route: ModelRoute) -> None:
         self.route = route
-        self.prices = route.prices
+        self.heads = {tier: _heads(route, tier) for tier in route.prices}
+        """By tier: what an answer in one piece and a stream are headed with."""
+
+
+def _heads(route: ModelRoute, tier: str) -> tuple[bytes, bytes]:
+    """The headers that name what answered, and what kind of answer it is."""
+    lines = [f"x-sublet-tier: {tier}", f"x-sublet-deployment: {route.deployment_id}"]
+    lines.append(f"x-sublet-quantization: {route.quantization}")
+    if route.lifecycle != "active":
+        lines.append(f"x-sublet-lifecycle: {route.lifecycle}")
+    head = "".join(f"{line}\r\n" for line in lines).encode()
+    return head + WHOLE, head + STREAM
 
 
 class Routes:

@@ -11,7 +11,7 @@ import orjson
 
 from sublet.base.kernel.clock import SystemClock, read_boot_ns
 from sublet.base.kernel.interval import from_micros, micros_since_epoch
-from sublet.base.wire.gateway import Gauge, ModelRoute, Price
+from sublet.base.wire.gateway import Gauge, Price
 from sublet.gateway.errors import Refusal
 from sublet.gateway.limits import duration
 from sublet.gateway.purse import Purse
@@ -29,8 +29,6 @@ SILENCE_NS = 15_000_000_000
 """A stream without a byte for so long says that it lives."""
 LATENCY_BUCKETS = 20
 NAMES_KEPT = 4096
-WHOLE = b"content-type: application/json\r\ncontent-length: "
-STREAM = b"content-type: text/event-stream\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 
 
 class Gateway:
@@ -61,7 +59,6 @@ class Gateway:
         self.offset_us = 0
         """UTC less the boot clock."""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._served_by: dict[tuple[str, str], tuple[bytes, bytes]] = {}
         self._names: dict[tuple[str, str, str, str, str], bytes] = {}
         self.is_draining = False
         self.follows_books = False
@@ -92,19 +89,6 @@ class Gateway:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def served_by(self, route: ModelRoute, tier: str) -> tuple[bytes, bytes]:
-        """The headers that name what answered (tier, deployment, quantization, lifecycle) and what
-        kind of answer it is: in one piece; as a stream."""
-        found = self._served_by.get((route.name, tier))
-        if found is None:
-            lines = [f"x-sublet-tier: {tier}", f"x-sublet-deployment: {route.deployment_id}"]
-            lines.append(f"x-sublet-quantization: {route.quantization}")
-            if route.lifecycle != "active":
-                lines.append(f"x-sublet-lifecycle: {route.lifecycle}")
-            head = "".join(f"{line}\r\n" for line in lines).encode()
-            found = self._served_by[route.name, tier] = (head + WHOLE, head + STREAM)
-        return found
-
     def named(self, known: Known, price: Price, p: Prepared, replica: Replica) -> bytes:
         """The members of a usage event that name who, what and where: alike for many requests."""
         key = (known.key_id, price.version, p.tier, p.surface, replica.id)
@@ -127,7 +111,6 @@ class Gateway:
     def adopt(self, routes: Routes) -> None:
         """New routes are in force: who waits for a replica may have one now."""
         self.routes = routes
-        self._served_by.clear()
         self._names.clear()
         for model in routes.models.values():
             for replica in model.replicas:
@@ -228,11 +211,8 @@ class Gateway:
             b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-remaining-requests: %d\r\n"
             b"x-ratelimit-reset-requests: %b\r\nx-ratelimit-limit-tokens: %d\r\n"
             b"x-ratelimit-remaining-tokens: %d\r\nx-ratelimit-reset-tokens: %b\r\n"
-            % (
-                r.limit, r.remaining(now_ns), duration(r.reset_ns(now_ns)),
-                t.limit, t.remaining(now_ns), duration(t.reset_ns(now_ns)),
-            )
-        )  # fmt: skip
+            % (r.limit, *r.told(now_ns), t.limit, *t.told(now_ns))
+        )
 
     def give_back(self, known: Known, tokens: int) -> None:
         """Tokens that were charged at admission and not used (or, below zero, the other way)."""
@@ -434,10 +414,8 @@ def _nearest(buckets: Any, now_ns: int) -> Any:
 
 
 def _told(unit: bytes, bucket: Any, now_ns: int) -> bytes:
+    remaining, reset = bucket.told(now_ns)
     return (
         b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %d\r\nx-ratelimit-reset-%b: %b\r\n"
-        % (
-            unit, bucket.limit, unit, bucket.remaining(now_ns), unit,
-            duration(bucket.reset_ns(now_ns)),
-        )
-    )  # fmt: skip
+        % (unit, bucket.limit, unit, remaining, unit, reset)
+    )

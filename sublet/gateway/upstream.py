@@ -231,10 +231,14 @@ class Upstream(asyncio.Protocol):
         if self.reader is not reader:
             return  # It has let go of us.
         rest = data[end + 4 :]
-        if not is_chunked:
+        if is_chunked:
+            if rest:
+                self._chunks(rest)
+        elif len(rest) == head.length:
+            self._rest()  # All in one read, as short answers are.
+            reader.ended(self, rest)
+        else:
             self._length(rest)
-        elif rest:
-            self._chunks(rest)
 
     def _length(self, data: bytes) -> None:
         self.left -= len(data)

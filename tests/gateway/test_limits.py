@@ -20,7 +20,7 @@ def test_a_minutes_worth_at_once_and_then_as_it_refills() -> None:
     assert bucket.wait_ns(1, LONG_AFTER) == SECOND
     assert not bucket.take(1, LONG_AFTER + SECOND - 1)
     assert bucket.take(1, LONG_AFTER + SECOND)
-    assert bucket.reset_ns(LONG_AFTER + SECOND) == 60 * SECOND
+    assert bucket.told(LONG_AFTER + SECOND) == (0, b"1m0s")
 
 
 def test_what_another_limit_refused_is_given_back() -> None:
@@ -28,7 +28,7 @@ def test_what_another_limit_refused_is_given_back() -> None:
     assert bucket.take(10, LONG_AFTER)
     bucket.give_back(10)
     assert bucket.remaining(LONG_AFTER) == 10
-    assert bucket.reset_ns(LONG_AFTER) == 0
+    assert bucket.told(LONG_AFTER) == (10, b"0s")
 
 
 def test_nothing_piles_up_beyond_a_minutes_worth() -> None:

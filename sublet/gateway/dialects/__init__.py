@@ -23,7 +23,7 @@ from sublet.gateway.dialects.completions import Completions
 from sublet.gateway.dialects.embeddings import Embeddings
 from sublet.gateway.dialects.events import Events
 from sublet.gateway.dialects.messages import CountTokens, Messages
-from sublet.gateway.dialects.prepared import Model, Prepared, find_route
+from sublet.gateway.dialects.prepared import UNCHANGED, Model, Prepared, find_route
 from sublet.gateway.dialects.streams import (
     TIMINGS,
     count_texts,
@@ -48,7 +48,11 @@ def prepare(surface: Surface, raw: bytes, models: Mapping[str, Model]) -> Prepar
     """Read, check and translate one request. Raises Refusal, and nothing else."""
     body = read_object(raw)
     reader, kind = _READERS[surface]
-    return reader(raw, body, find_route(body, models, kind))
+    prepared = reader(raw, body, find_route(body, models, kind))
+    if prepared.is_plain:
+        # Sent as it came: what was read of it is not kept beside it.
+        prepared.body = UNCHANGED
+    return prepared
 
 
 __all__ = [

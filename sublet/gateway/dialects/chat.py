@@ -9,6 +9,7 @@ llama.cpp continues a last message of the assistant; the answer holds what was a
 
 from __future__ import annotations
 
+from operator import is_not
 from typing import Any
 
 import orjson
@@ -30,6 +31,11 @@ _COMMON = frozenset(
     ("model", "messages", "stream", "max_tokens", "max_completion_tokens", "stream_options")
 )
 _OWN = frozenset(("n", "service_tier", "store", "modalities"))
+_READ = _OWN | {
+    "seed", "logprobs", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls",
+}  # fmt: skip
+"""What means more than that it is passed or dropped."""
+_PLAIN = frozenset(("user", "system", "assistant", "developer"))
 _ROLES = frozenset(("system", "developer", "user", "assistant", "tool"))
 _KEYS = {
     "system": frozenset(("role", "content", "name")),
@@ -43,6 +49,8 @@ _KEYS = {
         )
     ),
 }  # fmt: skip
+_LACKING: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
+"""What a message of an answer always has."""
 _ECHOED = ("refusal", "annotations", "audio", "function_call", "parsed")
 """What a client sends back of an answer: of no meaning to the model, and dropped."""
 
@@ -55,6 +63,7 @@ class Chat(Prepared):
     surface: Surface = "chat"
     path = b"/v1/chat/completions"
     count_path = b"/v1/chat/completions/input_tokens"
+    input_name = "messages"
 
     def __init__(self, raw: bytes, body: dict[str, Any], route: ModelRoute) -> None:
         super().__init__(raw, body, route)
@@ -62,16 +71,15 @@ class Chat(Prepared):
         self.prefill = ""
         self.tops: int | None = None
         fields = route.fields.get("chat", ())
-        is_common = True
-        for key, value in body.items():
-            if key in _COMMON:
-                continue
-            is_common = False
-            if key not in _OWN and not passes(key, value, route, fields):
+        rest = body.keys() - _COMMON
+        # One alone is at hand; of several the first to be refused is the first that was sent.
+        for key in rest if len(rest) < 2 else body:
+            if key in rest and key not in _OWN and not passes(key, body[key], route, fields):
                 self.drop(key)
         self.read_cap("max_completion_tokens", "max_tokens")
-        self.read_stream()
-        if not is_common:
+        if "stream" in body or "stream_options" in body:
+            self.read_stream()
+        if not rest.isdisjoint(_READ):
             self._read_rest()
         messages = body.get("messages")
         if type(messages) is not list or not messages:
@@ -79,23 +87,16 @@ class Chat(Prepared):
         if len(messages) > route.context:
             # Each takes a token at least: too long, and known before any of them is looked at.
             raise self.too_long(len(messages))
-        for index, message in enumerate(messages):
-            if (
-                type(message) is dict
-                and len(message) == 2
-                and type(message.get("content")) is str
-                and message.get("role") in ("user", "system", "assistant", "developer")
-            ):
-                continue
-            replaced = _message(message, f"messages[{index}]")
-            if replaced is not message:
-                if "messages" not in self.changes:
-                    self.change("messages", list(messages))
-                self.changes["messages"][index] = replaced
-        last = self.changes.get("messages", messages)[-1]
+        if not all(map(_is_plain, messages)):
+            read = [_message(m, f"messages[{index}]") for index, m in enumerate(messages)]
+            if any(map(is_not, read, messages)):
+                self.change("messages", read)
+                messages = read
+        last = messages[-1]
         if last["role"] == "assistant" and route.server == LLAMA:
             self.prefill = last.get("content") or ""
-        self.settle_legs()
+        if self.n > 1:
+            self.settle_legs()
         # A forced call's schema tells the tools once more, should a template show it.
         told = len(raw) << self.is_forced
         self.settle_input(told + TEMPLATE_TOKENS + MESSAGE_TOKENS * len(messages))
@@ -164,23 +165,22 @@ class Chat(Prepared):
             return self._join([raw], tier)
         # Read and written whole: two microseconds, and half of what byte searches for the places
         # to fill took, since each of those reads all of the answer.
-        reply = read_reply(raw)
+        reply = orjson.loads(raw)
         choice = reply["choices"][0]
         message = choice["message"]
         if message.get("tool_calls") or not choice["finish_reason"] or not reply["id"]:
             return self._join([raw], tier)
         message.pop("tool_calls", None)
-        counts = counts_of(self.route, reply["usage"])
         reply.pop("timings", None)
         reply["object"] = "chat.completion"
         reply["model"] = self.route.name
         reply["service_tier"] = tier
-        choice.setdefault("logprobs", None)
-        message.setdefault("content", "")
-        message.setdefault("refusal", None)
+        if "logprobs" not in choice:
+            choice["logprobs"] = None
         if message.get("annotations") is None:
             message["annotations"] = []
-        return orjson.dumps(reply), counts
+        choice["message"] = _LACKING | message
+        return orjson.dumps(reply), counts_of(self.route, reply["usage"])
 
     def _join(self, raws: list[bytes], tier: str) -> tuple[bytes, Counts]:
         replies = [read_reply(raw) for raw in raws]
@@ -281,6 +281,14 @@ def joined(told: list[Counts]) -> Counts:
 
 
 # ---- messages ------------------------------------------------------------------------------------
+
+
+def _is_plain(message: Any) -> bool:
+    """A text and who said it, and nothing else: what nearly all messages are."""
+    try:
+        return message["role"] in _PLAIN and type(message["content"]) is str and len(message) == 2
+    except (KeyError, TypeError):
+        return False
 
 
 def _message(message: Any, at: str) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class Embeddings(Prepared):
 
     surface: Surface = "embeddings"
     path = b"/v1/embeddings"
+    input_name = "input"
 
     def __init__(self, raw: bytes, body: dict[str, Any], route: ModelRoute) -> None:
         super().__init__(raw, body, route)

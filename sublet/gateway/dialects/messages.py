@@ -70,6 +70,7 @@ class Messages(Prepared):
     surface: Surface = "messages"
     path = b"/v1/chat/completions"
     count_path = b"/v1/chat/completions/input_tokens"
+    input_name = "messages"
     ping = b'event: ping\ndata: {"type":"ping"}\n\n'
 
     def __init__(self, raw: bytes, body: dict[str, Any], route: ModelRoute) -> None:

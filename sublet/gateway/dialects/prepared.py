@@ -19,6 +19,9 @@ TEMPLATE_TOKENS = 256
 """What a chat template may add to a conversation: a default system message, how tools are told."""
 MESSAGE_TOKENS = 8
 """And to each message, beyond what its own JSON takes."""
+NOTHING: frozenset[str] = frozenset()
+UNCHANGED: dict[str, Any] = {}
+"""Stands for what most requests have none of; never written to."""
 OUR_TIERS = ("default", "flex")
 TIERS = {"auto": "default", "default": "default", "flex": "flex"}
 
@@ -54,8 +57,8 @@ class Prepared:
 
     __slots__ = (
         "asked", "body", "cap", "changes", "drops", "input_estimate", "inputs", "is_counted",
-        "is_parsed", "is_plain", "legs", "n", "needs_count", "raw", "route", "stream", "tier",
-        "wants_usage",
+        "is_new_cap", "is_parsed", "is_plain", "legs", "n", "needs_count", "raw", "route", "stream",
+        "tier", "told_cap", "wants_usage",
     )  # fmt: skip
 
     surface: Surface
@@ -64,13 +67,17 @@ class Prepared:
     ping = b": keep-alive\n\n"
     """Said between events while nothing comes from the engine."""
     count_path = b""
+    input_name = "prompt"
+    """The member that holds the input."""
 
     def __init__(self, raw: bytes, body: dict[str, Any], route: ModelRoute) -> None:
         self.raw = raw
         self.body = body
         self.route = route
         self.asked: int | None = None
-        self.cap = 0
+        self.told_cap = self.cap = 0
+        self.is_new_cap = False
+        """The cap comes under its new name, `max_completion_tokens`."""
         self.n = self.legs = 1
         self.inputs = 0
         self.input_estimate = 0
@@ -80,8 +87,8 @@ class Prepared:
         self.wants_usage = 0
         self.is_plain = True
         """The body may be sent as it came, with ours after it."""
-        self.drops: set[str] = set()
-        self.changes: dict[str, Any] = {}
+        self.drops: set[str] | frozenset[str] = NOTHING
+        self.changes: dict[str, Any] = UNCHANGED
 
     # ---- to the engine ---------------------------------------------------------------------
 
@@ -93,9 +100,11 @@ class Prepared:
         """
         if self.is_plain and not leg:
             raw = self.raw
+            if cap == self.told_cap and not self.stream:
+                return raw
             end = len(raw) - 1 if raw[-1] == 125 else raw.rindex(b"}")
             tail = _STREAM_TAILS[self.route.counters] if self.stream else b""
-            if "max_completion_tokens" in self.body:
+            if self.is_new_cap:
                 # llama.cpp prefers it to `max_tokens`.
                 tail += b',"max_completion_tokens":%d' % cap
             return b"".join((memoryview(raw)[:end], b',"max_tokens":%d%b}' % (cap, tail)))
@@ -170,13 +179,12 @@ class Prepared:
         if asked:
             told += f" and asks for {asked} output tokens: {count} + {asked} > {limit}"
             advice = "Shorten the input or ask for less output."
-        param = next(name for name in ("messages", "prompt", "input") if name in self.body)
         return Refusal(
             400,
             "context_length_exceeded",
             f"This model's maximum context length is {limit} tokens, and this request has {told}. "
             + advice,
-            param=param,
+            param=self.input_name,
         )
 
     # ---- from the engine -------------------------------------------------------------------
@@ -185,7 +193,7 @@ class Prepared:
         """A whole answer as the client's SDK expects it. ValueError: it cannot be read."""
         try:
             return self._reply(raw, tier)
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise ValueError(f"the answer has another form: {error}") from error
 
     def join(self, raws: list[bytes], tier: str) -> tuple[bytes, Counts]:
@@ -210,6 +218,11 @@ class Prepared:
     def read_cap(self, *keys: str) -> None:
         """The cap under any of its names; two that differ are refused by the older name."""
         body = self.body
+        cap = body.get("max_tokens")
+        if type(cap) is int and 0 < cap <= self.route.max_output and keys[0] not in body:
+            self.asked = self.cap = self.told_cap = cap
+            return
+        self.is_new_cap = "max_completion_tokens" in body
         for key in keys:
             value = body.get(key)
             if value is None:
@@ -277,12 +290,12 @@ class Prepared:
     def drop(self, key: str) -> None:
         """Known here, and not for the engine."""
         self.is_plain = False
-        self.drops.add(key)
+        self.drops = self.drops | {key}
 
     def change(self, key: str, value: Any) -> None:
         """For the engine in another form than it came in."""
         self.is_plain = False
-        self.changes[key] = value
+        self.changes = {**self.changes, key: value}
 
     def settle_seed(self) -> None:
         """llama.cpp takes 32 bits, and their last value for chance: any other is folded into it."""
