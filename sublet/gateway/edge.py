@@ -40,8 +40,8 @@ STALL_NS = 120_000_000_000
 IDLE_NS = 75_000_000_000
 LINGER_NS = 5_000_000_000
 LINGER_BYTES = 8 << 20
-"""After a refusal in the middle of a request its rest is read and dropped, for so long and so much: a
-connection that is closed with unread bytes is reset, and the client might not see why."""
+"""What still comes after the last request is read and dropped, for so long and so much: a connection
+that is closed with unread bytes is reset, and the client might lose what was answered."""
 PARTS = 64
 """Pieces of a body that are kept one by one; from there on in one growing buffer."""
 
@@ -202,10 +202,12 @@ class Downstream(asyncio.Protocol):
 
     def _drop(self, data: bytes) -> None:
         """What follows the last request of a connection is nobody's."""
-        if self.is_lingering:
-            self.size += len(data)
-            if self.size > LINGER_BYTES:
-                self.close()
+        if not self.is_lingering:
+            self.is_lingering = True
+            self.size = 0
+        self.size += len(data)
+        if self.size > LINGER_BYTES:
+            self.close()
 
     def on_message_begin(self) -> None:
         self.request = Request()
@@ -237,7 +239,10 @@ class Downstream(asyncio.Protocol):
         keep_alive = request.keep_alive = self.parser.should_keep_alive()
         if request.has_connection or not keep_alive:
             # Else it is HTTP/1.1: HTTP/1.0 is kept alive by a header only.
-            request.is_http10 = self.parser.get_http_version() != "1.1"
+            version = self.parser.get_http_version()
+            request.is_http10 = version != "1.1"
+            if version < "1.0":
+                request.refusal = Refusal(400, "invalid_request", "Only HTTP/1.1 is spoken here.")
             if self.parser.should_upgrade():
                 # Its body would not be read as HTTP.
                 request.refusal = Refusal(400, "invalid_request", "Only HTTP/1.1 is spoken here.")
@@ -441,9 +446,14 @@ class Downstream(asyncio.Protocol):
             )
         )  # fmt: skip
 
+    def ends_here(self) -> None:
+        """The answer that is made is the last."""
+        self.is_deaf = self.is_last = True
+        self.queue.clear()
+
     def ends_by_close(self) -> None:
         """The answer that begins now has no other end: HTTP/1.0 knows no chunks."""
-        self.is_deaf = self.is_last = True
+        self.ends_here()
         self.connection = CLOSE
 
     def done(self, data: bytes) -> None:

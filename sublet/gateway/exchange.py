@@ -255,17 +255,11 @@ class Exchange:
         if self.p.legs > 1:
             self.legs = Legs(self, replica, self.p.legs)
             return
-        up = self.idle_connection(replica)
-        if up is not None:
-            self._forward(up)
+        if replica.idle and replica not in self.tries:
+            self._forward(replica.idle.popitem()[0])
         else:
+            # Where it was tried before, all that idle may be stale.
             self.g.spawn(self._dial(replica))
-
-    def idle_connection(self, replica: Replica) -> Upstream | None:
-        """One from the pool; none where it was tried before, since all of them may be stale."""
-        if not replica.idle or replica in self.tries:
-            return None
-        return replica.idle.popitem()[0]
 
     async def _dial(self, replica: Replica) -> None:
         try:
@@ -606,7 +600,7 @@ class Exchange:
         code = "credit_exhausted" if outcome is Outcome.CREDIT_EXHAUSTED else "stream_interrupted"
         events = self.events or self.p.events(self.tier, self.rid)
         self._end(events.fail(code, message))
-        self.down.is_last = True
+        self.down.ends_here()
         self._settle(outcome, self.g.now_us())
 
     def shut(self) -> None:

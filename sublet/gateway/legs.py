@@ -220,9 +220,8 @@ class Counting:
 
 async def connect(exchange: Exchange, replica: Replica) -> Upstream | None:
     """A connection from the pool, or a new one; None: the replica cannot be reached."""
-    up = exchange.idle_connection(replica)
-    if up is not None:
-        return up
+    if replica.idle and replica not in exchange.tries:
+        return replica.idle.popitem()[0]
     try:
         return await dial(replica)
     except (OSError, TimeoutError, ValueError):

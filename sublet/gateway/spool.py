@@ -1,7 +1,7 @@
 """The durable spool: what was used, on disk before its answer is out.
 
-One writer thread commits in groups: whatever has come while the disk was busy is one write and one
-fdatasync. The event loop's thread only appends to a list, and wakes the writer if it sleeps. A write
+One writer thread commits in groups: whatever has come while the disk was busy is one synced write.
+The event loop's thread only appends to a list, and wakes the writer if it sleeps. A write
 that fails acknowledges nothing and is repeated in a fresh file until it succeeds; meanwhile
 `is_failing` says that no new requests should be taken.
 """
@@ -190,7 +190,6 @@ class Spool:
             written = os.write(self._fd, data)
             while written < len(data):
                 written += os.write(self._fd, data[written:])
-            os.fdatasync(self._fd)
         except OSError as error:
             self._failed(error)
             return False
@@ -209,7 +208,10 @@ class Spool:
             os.close(full)
         path = self._folder / file_name(self._file)
         # Not there yet: a name is used once.
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        # With O_DSYNC a write is on the disk as it returns: one call where fdatasync is a second,
+        # and one change of threads less.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_DSYNC
+        self._fd = os.open(path, flags, 0o600)
         folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(folder)

@@ -9,9 +9,10 @@ Deadlines are kept as (boot id, nanoseconds of CLOCK_BOOTTIME).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -62,8 +63,8 @@ def read_boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def read_boot_ns() -> int:
-    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+read_boot_ns: Callable[[], int] = partial(time.clock_gettime_ns, time.CLOCK_BOOTTIME)
+"""Nanoseconds since the boot, sleep included. No frame of its own: the gateway reads it a lot."""
 
 
 def read_wall_us() -> int:
