@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -23,12 +22,11 @@ import structlog
 
 from sublet.base.kernel.interval import from_micros
 from sublet.base.store import Actor, Store, StoreUnavailable
-from sublet.base.store.installation import find_fact, keep_fact
 from sublet.base.wire.gateway import Malformed, SpoolReader, UsageEvent, read_frames
 from sublet.base.wire.gateway.spool import Batch, file_name
 from sublet.money import billing
 from sublet.records import metering
-from sublet.records.metering import EpochState
+from sublet.records.metering import EpochState, SpoolFault
 
 log = structlog.get_logger()
 
@@ -45,8 +43,6 @@ ROUNDS = 64
 """Batches of one life in a step, so that all are served."""
 FIRST_PAUSE = timedelta(seconds=1)
 LONGEST_PAUSE = timedelta(seconds=30)
-FAULTS = "spool_faults"
-"""The installation's fact: JSON, by `gateway/epoch`, why its spool is not read on. Shown aloud."""
 
 
 class SpoolDamaged(Exception):
@@ -68,6 +64,7 @@ class Life:
 
 @dataclass(slots=True)
 class _Trouble:
+    life: Life
     why: str
     pause: timedelta
     until: datetime
@@ -239,7 +236,7 @@ class Spools:
         before = self._troubles.get(life.name)
         why = str(error) or type(error).__name__
         pause = FIRST_PAUSE if before is None else min(before.pause * 2, LONGEST_PAUSE)
-        self._troubles[life.name] = _Trouble(why, pause, now + pause)
+        self._troubles[life.name] = _Trouble(life, why, pause, now + pause)
         expected = isinstance(error, (SpoolDamaged, Malformed, OSError))
         log.error(
             "spool_not_read",
@@ -257,12 +254,16 @@ class Spools:
             self._is_shown = False
 
     def _show(self) -> None:
-        text = json.dumps({name: trouble.why for name, trouble in self._troubles.items()})
+        """In the books, where the owner's list of gateways reads it."""
+        found = [
+            SpoolFault(gateway=trouble.life.gateway, epoch=trouble.life.epoch, why=trouble.why)
+            for trouble in self._troubles.values()
+        ]
         with self._store.read() as tx:
-            shown = find_fact(tx, FAULTS)
-        if text != (shown or "{}"):
+            shown = metering.list_spool_faults(tx)
+        if set(found) != set(shown):
             with self._store.work(ACTOR) as work:
-                keep_fact(work, FAULTS, text)
+                metering.keep_spool_faults(work, found)
         self._is_shown = True
 
 

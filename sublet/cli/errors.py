@@ -32,12 +32,17 @@ def report(error: Exception) -> int:
         return error.exit_code
     # Costly to import, and only needed once something has gone wrong.
     from sublet.base.kernel.errors import SubletError
-    from sublet.sdk.errors import ApiError, ClientError, Unreachable
+    from sublet.sdk.errors import ApiError, ClientError, GatewayError, Unreachable
 
     if isinstance(error, ApiError):
         _show_json(error)
         _say(sentence(error.message, error.code, error.param, error.details))
-        if error.status >= 500 and error.request_id:
+        if isinstance(error, GatewayError):
+            # It logs no requests, and its codes say more than a log could.
+            advice = _of_gateway(error.code, error.model, error.retry_after_seconds)
+            if advice is not None:
+                _say(advice)
+        elif error.status >= 500 and error.request_id:
             _say(f"request {error.request_id}: the log has more under it")
         return FAILED
     if isinstance(error, SubletError):
@@ -62,6 +67,40 @@ def report(error: Exception) -> int:
         "Please report it with the output of the same command under SUBLET_DEBUG=1."
     )
     return FAILED
+
+
+def _of_gateway(code: str, model: str | None, retry_seconds: int | None) -> str | None:
+    """What to do about a failure of the gateway; None where its message says it already."""
+    again = "ask again" if retry_seconds is None else f"ask again in {retry_seconds} s"
+    advice = _GATEWAY_WAYS.get(code)
+    return None if advice is None else advice.format(model=model or "MODEL", again=again)
+
+
+_GATEWAY_WAYS: Mapping[str, str] = {
+    "no_replica": (
+        "{again}; the owner sees by `sublet deployments show {model}` whether one starts, and why not"
+    ),
+    "model_overloaded": (
+        "{again}; the owner makes more room by `sublet deployments scale {model} --max N`"
+    ),
+    "snapshot_stale": (
+        "the gateway does not hear from its control plane: is `sublet up` running? "
+        "The owner sees by `sublet gateways` whether it is cut off"
+    ),
+    "credit_unknown": (
+        "{again}; if it stays so, the gateway does not reach its control plane: is `sublet up` "
+        "running? The owner sees by `sublet gateways` whether it is cut off"
+    ),
+    "stream_interrupted": "ask anew; `sublet tokens --last 1` shows what of it is billed",
+    "credit_exhausted": (
+        "what came is billed; `sublet balance` and `sublet budgets list` show what is left"
+    ),
+    "unavailable": (
+        "{again}; if it stays so, the owner sees by `sublet gateways` how it stands, and the log "
+        "says why (`spool_not_written`, `request_failed`)"
+    ),
+}
+"""By code. What a limit, a grant or a wrong request needs stands in the gateway's own message."""
 
 
 def sentence(message: str, code: str, param: str | None, details: Mapping[str, Any]) -> str:

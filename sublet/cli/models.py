@@ -49,6 +49,12 @@ Everyone = Annotated[
     str, typer.Option("--to", help="An organisation's id; default: everyone.", metavar="ORG")
 ]
 READY_SECONDS = 120.0
+SPOOL_FAULT_WAYS = """\
+What it held of credit stays held, and nothing behind the fault is billed, until you do one of these:
+  mend the cause, or the file: it is read again by itself within 30 seconds
+  or close the cloud, move that folder out of `gateway/` in the data folder, and open the cloud:
+  what it held comes free, and what was not read is never billed
+How a file is mended stands in docs/operate.md under "Usage that is not booked"."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -554,3 +560,9 @@ def gateways(as_json: Json = False) -> None:
         ],
         empty="no gateway has said anything yet",
     )
+    faults = [fault for g in found for fault in g.spool_faults]
+    for fault in faults:
+        show(f"usage of {fault.life} (since {values.when(fault.started_at)}) is not booked on:")
+        show(f"  {fault.why}")
+    if faults:
+        show(SPOOL_FAULT_WAYS)

@@ -39,9 +39,13 @@ def add_to(app: typer.Typer) -> None:
         "sublet bench smollm2-135m-instruct --seconds 60 --requests 8 --keep",
         panel=MODELS,
     )(bench)
-    command(app, "sublet tokens", "sublet tokens --last 50", "sublet tokens --json", panel=MODELS)(
-        tokens
-    )
+    command(
+        app,
+        "sublet tokens",
+        "sublet tokens --last 50 --project prj_…",
+        "sublet tokens --json",
+        panel=MODELS,
+    )(tokens)
 
 
 def gateway_of(cloud: Client) -> Gateway:
@@ -278,11 +282,12 @@ def _measure(
 
 def tokens(
     last: Annotated[int, typer.Option("--last", min=1, help="So many requests.")] = 20,
+    project: Annotated[str | None, typer.Option("--project", help="Of this project only.")] = None,
     as_json: Json = False,
 ) -> None:
     """What was called: request by request, the newest last."""
     with client() as cloud:
-        found = list(cloud.token_usage.list())
+        found = cloud.token_usage.last(last, project_id=project)
     if as_json:
         show_json(found)
         return
@@ -299,7 +304,7 @@ def tokens(
                 u.outcome,
                 values.when(u.started_at),
             )
-            for u in found[-last:]
+            for u in found
         ],
         empty="no model was called yet: `sublet chat MODEL 'Hello'`.",
     )

@@ -7,7 +7,7 @@ Callers  the command, the tour, and programs of customers.
 """
 
 from sublet.sdk.client import Client
-from sublet.sdk.errors import ApiError, ClientError, UnexpectedAnswer, Unreachable
+from sublet.sdk.errors import ApiError, ClientError, GatewayError, UnexpectedAnswer, Unreachable
 from sublet.sdk.gateway import Gateway, Piece
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Client",
     "ClientError",
     "Gateway",
+    "GatewayError",
     "Piece",
     "UnexpectedAnswer",
     "Unreachable",

@@ -46,3 +46,12 @@ class ApiError(ClientError):
         self.request_id = request_id
         self.retry_after_seconds = retry_after_seconds
         super().__init__(f"{code}: {message}")
+
+
+class GatewayError(ApiError):
+    """The model gateway refused, or ended a stream with an error. `model` is what was asked, None
+    where no model was."""
+
+    def __init__(self, *, model: str | None, **told: Any) -> None:
+        self.model = model
+        super().__init__(details={}, **told)

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx2
 
-from sublet.sdk.errors import ApiError, UnexpectedAnswer, Unreachable
+from sublet.sdk.errors import GatewayError, UnexpectedAnswer, Unreachable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +27,8 @@ class Piece:
 
 
 class Gateway:
-    """`Gateway(url, key)`. Raises ApiError where it refuses or ends with an error, Unreachable where
-    no answer came, UnexpectedAnswer where one broke off."""
+    """`Gateway(url, key)`. Raises GatewayError where it refuses or ends with an error, Unreachable
+    where no answer came, UnexpectedAnswer where one broke off."""
 
     def __init__(self, url: str, key: str, *, timeout_seconds: float = 120.0) -> None:
         self.url = url.rstrip("/")
@@ -56,7 +56,7 @@ class Gateway:
             answer = self._http.get("/v1/models")
         except httpx2.TransportError as error:
             raise Unreachable(self.url, error) from error
-        _check(answer)
+        _check(answer, None)
         return [str(model["id"]) for model in answer.json()["data"]]
 
     def embed(self, model: str, texts: Sequence[str]) -> list[list[float]]:
@@ -64,7 +64,7 @@ class Gateway:
             answer = self._http.post("/v1/embeddings", json={"model": model, "input": list(texts)})
         except httpx2.TransportError as error:
             raise Unreachable(self.url, error) from error
-        _check(answer)
+        _check(answer, model)
         return [item["embedding"] for item in answer.json()["data"]]
 
     def chat(
@@ -92,13 +92,13 @@ class Gateway:
             with self._http.stream("POST", "/v1/chat/completions", json=body) as answer:
                 if answer.status_code != 200:
                     answer.read()
-                    _check(answer)
-                yield from _pieces(answer)
+                    _check(answer, model)
+                yield from _pieces(answer, model)
         except httpx2.TransportError as error:
             raise Unreachable(self.url, error) from error
 
 
-def _pieces(answer: httpx2.Response) -> Iterator[Piece]:
+def _pieces(answer: httpx2.Response, model: str) -> Iterator[Piece]:
     is_whole = False
     for line in answer.iter_lines():
         if not line.startswith("data: "):
@@ -109,7 +109,7 @@ def _pieces(answer: httpx2.Response) -> Iterator[Piece]:
             break
         event = json.loads(data)
         if "error" in event:
-            raise _error(answer, event["error"])
+            raise _error(answer, event["error"], model)
         usage = event.get("usage")
         if usage:
             yield Piece(
@@ -123,7 +123,7 @@ def _pieces(answer: httpx2.Response) -> Iterator[Piece]:
         raise UnexpectedAnswer("the answer broke off before its end: ask again")
 
 
-def _check(answer: httpx2.Response) -> None:
+def _check(answer: httpx2.Response, model: str | None) -> None:
     if answer.status_code == 200:
         return
     try:
@@ -132,18 +132,18 @@ def _check(answer: httpx2.Response) -> None:
         raise UnexpectedAnswer(
             f"the gateway answered {answer.status_code} without a reason"
         ) from None
-    raise _error(answer, error)
+    raise _error(answer, error, model)
 
 
-def _error(answer: httpx2.Response, error: Mapping[str, Any]) -> ApiError:
+def _error(answer: httpx2.Response, error: Mapping[str, Any], model: str | None) -> GatewayError:
     after = answer.headers.get("retry-after", "")
-    return ApiError(
+    return GatewayError(
+        model=model,
         status=answer.status_code if answer.status_code != 200 else 503,
         type=str(error.get("type")),
         code=str(error.get("code")),
         message=str(error.get("message")),
         param=error.get("param"),
-        details={},
         request_id=answer.headers.get("x-request-id", ""),
         retry_after_seconds=int(after) if after.isdigit() else None,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from sublet.base.wire import rest
 from sublet.sdk.transport import Transport
@@ -110,12 +111,40 @@ class TokenUsage:
         self._transport = transport
 
     def list(
-        self, *, organisation_id: str | None = None, key_id: str | None = None
+        self,
+        *,
+        organisation_id: str | None = None,
+        project_id: str | None = None,
+        key_id: str | None = None,
     ) -> Iterator[rest.TokenUsage]:
         """Request by request, in the order of recording."""
         return self._transport.pages(
-            "/v1/token-usage", rest.TokenUsage, organisation_id=organisation_id, key_id=key_id
+            "/v1/token-usage",
+            rest.TokenUsage,
+            organisation_id=organisation_id,
+            project_id=project_id,
+            key_id=key_id,
         )
+
+    def last(
+        self,
+        count: int,
+        *,
+        organisation_id: str | None = None,
+        project_id: str | None = None,
+        key_id: str | None = None,
+    ) -> Sequence[rest.TokenUsage]:
+        """So many of the newest, in the order of recording. It costs no more pages than hold them."""
+        newest = self._transport.pages(
+            "/v1/token-usage",
+            rest.TokenUsage,
+            limit=min(count, rest.PAGE_LIMIT),
+            order="newest",
+            organisation_id=organisation_id,
+            project_id=project_id,
+            key_id=key_id,
+        )
+        return tuple(islice(newest, count))[::-1]
 
 
 class Limits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from token_books import MODEL, seed_prices
 
-from sublet.base.kernel.interval import micros_since_epoch
+from sublet.audit import check
+from sublet.base.kernel.interval import from_micros, micros_since_epoch
 from sublet.base.store import Actor
 from sublet.base.wire import rest
-from sublet.base.wire.gateway import Gauge, Outcome, UsageEvent
+from sublet.base.wire.gateway import AllowanceRequest, Gauge, Outcome, UsageEvent
+from sublet.money import billing
 from sublet.records import metering, tenancy
 from sublet.sdk import ApiError
 from sublet.shops import models
@@ -167,10 +171,64 @@ def test_gateways_stand_as_they_last_said(served: Any) -> None:
     assert owner.deployments.get(made.id).waiting == 3
 
 
+def test_usage_that_is_not_booked_shows_with_its_gateway(world: Any) -> None:
+    now = world.clock.now()
+    epoch = micros_since_epoch(now)
+    with world.store.work(SYSTEM) as work:
+        for name in ("gw-0", "gw-1"):
+            models.keep_gauge(
+                work,
+                Gauge(
+                    gateway=name,
+                    epoch=epoch,
+                    snapshot=1,
+                    is_cut_off=False,
+                    in_flight={},
+                    waiting={},
+                    refusals={},
+                    requests=0,
+                    spool_file=0,
+                    spool_offset=0,
+                    ejected=(),
+                ),
+            )
+        models.set_gateways(work, ["gw-0", "gw-1"])
+    assert [g.spool_faults for g in world.owner.gateways.list()] == [[], []]
+    assert "sublet_spool_faults 0.0" in world.owner.metrics()
+    faults = [("gw-1", epoch - 2_000_000), ("gw-1", epoch), ("gw-00", epoch - 1_000_000)]
+    with world.store.work(SYSTEM) as work:
+        metering.keep_spool_faults(
+            work,
+            [
+                metering.SpoolFault(gateway=name, epoch=of, why=f"damaged at {of}")
+                for name, of in faults
+            ],
+        )
+    well, silent, hurt = world.owner.gateways.list()
+    assert (well.name, well.spool_faults) == ("gw-0", [])
+    assert [(f.life, f.started_at, f.why) for f in hurt.spool_faults] == [
+        (f"gw-1/{of}", from_micros(of), f"damaged at {of}") for of in (epoch - 2_000_000, epoch)
+    ]
+    # One that never said anything is shown for what it has left.
+    assert (silent.name, silent.is_alive, silent.requests) == ("gw-00", False, 0)
+    assert [f.life for f in silent.spool_faults] == [f"gw-00/{epoch - 1_000_000}"]
+    assert silent.started_at == now - timedelta(seconds=1)
+    assert "sublet_spool_faults 3.0" in world.owner.metrics()
+    customer, _ = world.newcomer()
+    refused(lambda: list(customer.gateways.list()), 403, "forbidden")
+
+
 # ---- token usage --------------------------------------------------------------------------------
 
 
-def _used(world: Any, made: rest.SignUp, number: int, *, key_id: str | None = None) -> None:
+def _used(
+    world: Any,
+    made: rest.SignUp,
+    number: int,
+    *,
+    key_id: str | None = None,
+    project_id: str | None = None,
+) -> None:
     now_us = micros_since_epoch(world.clock.now())
     with world.store.work(SYSTEM) as work:
         if number == 1:
@@ -179,7 +237,7 @@ def _used(world: Any, made: rest.SignUp, number: int, *, key_id: str | None = No
             id=f"req_{number}",
             key_id=key_id or made.key.id,
             organisation_id=made.organisation.id,
-            project_id=None,
+            project_id=project_id,
             is_first_party=False,
             model="m",
             deployment_id="dep_1",
@@ -234,6 +292,133 @@ def test_a_key_bound_to_a_project_sees_its_own_requests(world: Any) -> None:
     caller = world.caller(bound.secret)
     assert [row.id for row in caller.token_usage.list()] == ["req_2"]
     refused(lambda: list(caller.token_usage.list(key_id=made.key.id)), 404, "key_not_found")
+
+
+def test_token_usage_of_a_project(world: Any) -> None:
+    client, made = world.newcomer()
+    other, others = world.newcomer("Other")
+    second = client.projects.create(rest.ProjectCreate(name="second"))
+    for number, project_id in enumerate((made.project.id, second.id, None, second.id), start=1):
+        _used(world, made, number, project_id=project_id)
+    of = lambda caller, **named: [row.id for row in caller.token_usage.list(**named)]  # noqa: E731
+    assert of(client, project_id=second.id) == ["req_2", "req_4"]
+    assert of(client, project_id=made.project.id, key_id=made.key.id) == ["req_1"]
+    # The owner names whose; a project is only found with its own organisation.
+    org = made.organisation.id
+    assert of(world.owner, organisation_id=org, project_id=second.id) == ["req_2", "req_4"]
+    for caller, named in (
+        (client, {"project_id": "prj_none"}),
+        (client, {"project_id": others.project.id}),
+        (other, {"project_id": second.id}),
+        (world.owner, {"project_id": second.id}),
+        (world.owner, {"organisation_id": org, "project_id": others.project.id}),
+    ):
+        error = refused(lambda c=caller, n=named: of(c, **n), 404, "project_not_found")
+        assert "project" in error.message
+    bound = client.keys.create(rest.KeyCreate(name="b", project_id=second.id))
+    _used(world, made, 5, key_id=bound.id, project_id=second.id)
+    caller = world.caller(bound.secret)
+    assert of(caller, project_id=second.id) == ["req_5"], "a bound key sees its own requests"
+    refused(lambda: of(caller, project_id=made.project.id), 404, "project_not_found")
+    answer = world.ask("GET", "/v1/token-usage?project_id=not%20one", made.secret)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (422, "project_id")
+
+
+def test_the_last_requests_cost_no_more_pages_than_hold_them(world: Any) -> None:
+    client, made = world.newcomer()
+    for number in range(1, 8):
+        _used(world, made, number)
+    before = _asked(world)
+    assert [row.id for row in client.token_usage.last(2)] == ["req_6", "req_7"]
+    assert _asked(world) == before + 1
+    assert [row.id for row in client.token_usage.last(7)] == [f"req_{n}" for n in range(1, 8)]
+    assert [row.id for row in client.token_usage.last(99)] == [f"req_{n}" for n in range(1, 8)]
+    assert _asked(world) == before + 3
+    assert client.token_usage.last(5, key_id="key_none") == ()
+    # Page by page, also while more is used: what came later is before the first page.
+    query = "/v1/token-usage?order=newest&limit=3"
+    first = world.ask("GET", query, made.secret).json()
+    _used(world, made, 8)
+    second = world.ask("GET", f"{query}&after={first['next']}", made.secret).json()
+    third = world.ask("GET", f"{query}&after={second['next']}", made.secret).json()
+    ids = [[row["id"] for row in page["data"]] for page in (first, second, third)]
+    assert ids == [["req_7", "req_6", "req_5"], ["req_4", "req_3", "req_2"], ["req_1"]]
+    assert third["next"] is None
+    answer = world.ask("GET", "/v1/token-usage?order=best", made.secret)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (422, "order")
+
+
+def _asked(world: Any) -> int:
+    """How many pages of token usage were read."""
+    counted = 'sublet_http_answers_total{method="GET",route="/v1/token-usage",status="200"} '
+    lines = world.owner.metrics().splitlines()
+    return sum(int(float(line.removeprefix(counted))) for line in lines if line.startswith(counted))
+
+
+def test_what_the_owner_bore_is_in_the_owners_list_of_transfers_only(world: Any) -> None:
+    """Two requests, one cut: of 50 tokens that were made 10 are billed, the rest is a loss."""
+    client, made = world.newcomer()
+    with world.store.work(SYSTEM) as work:
+        seed_prices(work)
+        now_us = micros_since_epoch(work.now)
+        event = UsageEvent(
+            id="req_1",
+            key_id=made.key.id,
+            organisation_id=made.organisation.id,
+            project_id=None,
+            is_first_party=False,
+            model=MODEL,
+            deployment_id="dep_1",
+            replica_id="rep_1",
+            surface="chat",
+            tier="default",
+            price_version="v1",
+            outcome=Outcome.CLIENT_GONE,
+            started_us=now_us,
+            ended_us=now_us + 5,
+            first_us=now_us + 1,
+            input_uncached=100,
+            cache_read=0,
+            output=10,
+            made=50,
+            micros=14,
+        )
+        billing.grant_allowance(
+            work,
+            gateway="gw-0",
+            epoch=1,
+            request=AllowanceRequest(
+                key_id=made.key.id,
+                epoch=1,
+                wanted_micros=1000,
+                wanted_tokens=0,
+                spent_micros=0,
+                held_micros=0,
+                spent_tokens=0,
+                held_tokens=0,
+                serial=1,
+            ),
+        )
+        billing.ingest_usage(work, gateway="gw-0", epoch=1, events=[event], file=0, offset=9)
+        billing.close_epoch(work, gateway="gw-0", epoch=1, lost=[])
+    world.advance(1)
+    window = {"start": world.clock.now() - timedelta(hours=1), "end": world.clock.now()}
+    seen = list(client.money.transfers(**window))
+    assert [t.kind for t in seen] == ["grant", "token_usage", "token_usage"]
+    own = f"customer:{made.organisation.id}"
+    assert {own} == {own for t in seen if own in (t.debit, t.credit)}
+    assert sum(t.amount.micros * (1 if t.credit == own else -1) for t in seen) == (
+        client.money.balance().balance.micros
+    )
+    by_owner = list(world.owner.money.transfers(organisation_id=made.organisation.id, **window))
+    [loss] = [t for t in by_owner if t.kind == "token_loss"]
+    assert [t for t in by_owner if t != loss] == seen
+    assert (loss.debit, loss.credit, loss.amount.micros) == ("losses", "revenue:tokens", 16)
+    # Nor does it stand on the invoice, and the owner's statement has it as given away.
+    assert {line.kind for line in client.money.invoice_so_far().lines} == {"token_usage"}
+    assert world.owner.money.statement(**window).credits.micros == 16
+    with world.store.read() as tx:
+        assert check(tx, world.clock.now()) == []
 
 
 # ---- limits -------------------------------------------------------------------------------------

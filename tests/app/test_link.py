@@ -28,10 +28,10 @@ from sublet.app import publish, spools
 from sublet.app.control import LINE_LIMIT
 from sublet.app.link import Link
 from sublet.app.publish import Publisher, await_published
-from sublet.app.spools import FAULTS
 from sublet.base.kernel.interval import micros_since_epoch
 from sublet.base.wire.gateway import Outcome, frame, read_snapshot
-from sublet.records import tenancy
+from sublet.records import metering, tenancy
+from sublet.records.metering.tokens import FAULTS
 from sublet.shops import models
 from sublet.shops.models import store as model_rows
 
@@ -346,8 +346,9 @@ def test_a_spool_is_read_as_it_grows_and_what_is_kept_is_deleted(
     spool.die()
 
 
+@pytest.mark.parametrize("is_cut", [False, True], ids=["from a copy", "by cutting it out"])
 def test_damage_in_the_middle_is_said_aloud_and_not_passed_over(
-    books: LinkedBooks, link: Link
+    books: LinkedBooks, link: Link, is_cut: bool
 ) -> None:
     hurt = HandSpool(books.folder, "gw-0", LONG_AGO)
     well = HandSpool(books.folder, "gw-1", LONG_AGO + 1)
@@ -366,13 +367,52 @@ def test_damage_in_the_middle_is_said_aloud_and_not_passed_over(
     threading.Event().wait(1.5)
     assert [e.state for e in books.epochs() if e.gateway == "gw-0"] == ["open"]
     # Put right by a person, it is read to its end and closed.
+    if is_cut:
+        del lines[3]
     hurt.path.write_bytes(b"".join(lines))
     wait_until(lambda: not hurt.folder.exists(), 15, "it is closed")
     assert sorted(u.event_id for u in books.usage()) == sorted(
-        [f"req_{n}" for n in range(6)] + ["req_100"]
+        [f"req_{n}" for n in range(6) if n != 3 or not is_cut] + ["req_100"]
     )
     wait_until(lambda: books.fact(FAULTS) == "{}", 5, "nothing is wrong any more")
     well.die()
+
+
+def test_a_damaged_life_whose_folder_was_taken_away_is_closed_at_the_next_start(
+    books: LinkedBooks,
+) -> None:
+    """What `sublet gateways` tells the owner to do where there is no copy to mend it from."""
+    link = LinkProcess(books).start()
+    gateway = ScriptedGateway(books.folder, "gw-0", LONG_AGO).connect()
+    gateway.hello()
+    gateway.ask(books.customer.key.id, 5_000_000, 1)
+    gateway.hear("allowance")
+    spool = HandSpool(books.folder, "gw-0", LONG_AGO)
+    spool.write(books.event(1))
+    spool.write_raw(b"no frame\n" + frame(books.event(2).to_json()))
+
+    def faults() -> list[metering.SpoolFault]:
+        with books.store.read() as tx:
+            return metering.list_spool_faults(tx)
+
+    [fault] = wait_until(faults, 5, "it is shown")
+    assert (fault.gateway, fault.epoch, fault.life) == ("gw-0", LONG_AGO, f"gw-0/{LONG_AGO}")
+    assert "at byte" in fault.why
+    gateway.close()
+    spool.die()
+    threading.Event().wait(1.2)
+    link.kill()
+    assert books.available() < books.balance(), "what it held stays held"
+    spool.folder.rename(books.data / "aside")
+    link = LinkProcess(books).start()
+    try:
+        wait_until(lambda: books.epochs("open") == [], 5, "its life is closed")
+        wait_until(lambda: faults() == [], 5, "nothing is wrong any more")
+    finally:
+        link.kill()
+    assert books.available() == books.balance() == 10_000_000 - 15
+    assert [u.event_id for u in books.usage()] == ["req_1"]
+    assert books.violations() == []
 
 
 def test_much_behind_the_damage_does_not_hide_it(books: LinkedBooks, link: Link) -> None:

@@ -53,6 +53,8 @@ class Cloud:
     """What the fake cloud was asked, and what it answers otherwise than with a sample."""
 
     asked: list[tuple[str, str, Any]] = field(default_factory=list)
+    queries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By path: what the last list of it was asked for."""
     answers: dict[str, list[Any]] = field(default_factory=dict)
     bare: bool = False
     text: list[str] = field(default_factory=lambda: ["line one\n", "line two\n"])
@@ -104,6 +106,7 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Cloud:
             told.answer("DELETE", path, int, None)
 
         def pages(self, path: str, shape: Any, **query: Any) -> Iterator[Any]:
+            told.queries[path] = {name: v for name, v in query.items() if v is not None}
             found = told.answer("GET", path, list[shape], None)
             yield from found
 

@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 
 from sublet.base.wire import rest
+from sublet.cli.errors import _GATEWAY_WAYS
+from sublet.cli.models import SPOOL_FAULT_WAYS
+from sublet.gateway.errors import KINDS
 
 from .conftest import AT, Cloud, Run, sample
 
@@ -152,6 +155,41 @@ def test_an_answer_that_breaks_off_is_no_success(run: Run, talk: Talk, is_told: 
     assert ("stream_interrupted" if is_told else "broke off before its end") in done.err
 
 
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("no_replica", "ask again in 7 s; the owner sees by `sublet deployments show tiny`"),
+        ("model_overloaded", "`sublet deployments scale tiny --max N`"),
+        ("snapshot_stale", "is `sublet up` running?"),
+        ("credit_unknown", "ask again in 7 s; if it stays so"),
+        ("unavailable", "`sublet gateways`"),
+    ],
+)
+def test_a_gateway_that_cannot_serve_gets_advice_by_its_code(
+    run: Run, talk: Talk, code: str, said: str
+) -> None:
+    talk.status = 503
+    talk.error = {"message": "Not now.", "type": "server_error", "code": code}
+    done = run("chat", "tiny", "Where?")
+    refusal, advice = done.err.splitlines()
+    assert (done.code, refusal) == (1, f"sublet: Not now. ({code})")
+    assert advice.startswith("sublet: ")
+    assert said in advice
+    assert "the log has more under it" not in done.err
+
+
+def test_a_stream_that_was_cut_is_advised_without_a_pause(run: Run, talk: Talk) -> None:
+    talk.error = {"message": "Credit ended.", "type": "x", "code": "credit_exhausted"}
+    done = run("chat", "tiny", "Where?")
+    assert (done.code, done.out) == (1, "A river.\n")
+    assert "`sublet balance`" in done.err
+
+
+def test_every_fault_of_the_gateways_own_has_advice() -> None:
+    own = {code for code, (kind, _) in KINDS.items() if kind == "server_error"}
+    assert own <= set(_GATEWAY_WAYS) <= set(KINDS)
+
+
 def test_without_a_gateway_it_says_so(cloud: Cloud, run: Run) -> None:
     cloud.answers["/v1/status"] = [sample(rest.Status).model_copy(update={"gateway_url": None})]
     done = run("chat", "tiny", "Where?")
@@ -211,6 +249,7 @@ def test_bench_says_why_nothing_was_measured(cloud: Cloud, run: Run, talk: Talk)
     talk.error = {"message": "Busy: try again.", "type": "server_error", "code": "model_overloaded"}
     done = run("bench", "tiny", "--seconds", "2")
     assert (done.code, "model_overloaded" in done.err) == (1, True)
+    assert "`sublet deployments scale tiny --max N`" in done.err
     cloud.answers["/v1/deployments"] = [[]]
     done = run("bench", "tiny")
     assert (done.code, "is not deployed" in done.err) == (1, True)
@@ -351,12 +390,45 @@ def test_retiring_asks_first(cloud: Cloud, run: Run) -> None:
 
 def test_the_last_requests_are_shown_newest_last(cloud: Cloud, run: Run) -> None:
     base = sample(rest.TokenUsage)
-    cloud.answers["/v1/token-usage"] = [
-        [base.model_copy(update={"id": f"req_{n}", "outcome": "client_gone"}) for n in range(5)]
+    newest_first = [
+        base.model_copy(update={"id": f"req_{n}", "outcome": "client_gone"}) for n in (4, 3, 2, 1)
     ]
+    cloud.answers["/v1/token-usage"] = [newest_first]
     out = run("tokens", "--last", "2").out
     assert [word for word in out.split() if word.startswith("req_")] == ["req_3", "req_4"]
     assert "client_gone" in out
+    # No more is asked for than is shown.
+    assert cloud.queries["/v1/token-usage"] == {"limit": 2, "order": "newest"}
+    told = json.loads(run("tokens", "--last", "3", "--json").out)["data"]
+    assert [row["id"] for row in told] == ["req_2", "req_3", "req_4"]
+    run("tokens", "--last", "5000")
+    assert cloud.queries["/v1/token-usage"] == {"limit": rest.PAGE_LIMIT, "order": "newest"}
+
+
+def test_tokens_of_one_project(cloud: Cloud, run: Run) -> None:
+    assert run("tokens", "--project", "prj_1").code == 0
+    assert cloud.queries["/v1/token-usage"]["project_id"] == "prj_1"
+
+
+def test_usage_that_is_not_booked_is_said_with_the_ways_on(cloud: Cloud, run: Run) -> None:
+    well = sample(rest.Gateway).model_copy(update={"name": "gw-0", "spool_faults": []})
+    cloud.answers["/v1/gateways"] = [[well]]
+    assert "booked" not in run("gateways").out
+    fault = rest.SpoolFault(
+        life="gw-1/1790000000000000", started_at=AT, why="gw-1/1790000000000000/1 at byte 9: torn"
+    )
+    hurt = well.model_copy(update={"name": "gw-1", "spool_faults": [fault]})
+    cloud.answers["/v1/gateways"] = [[well, hurt]]
+    done = run("gateways")
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    begun = lines.index(
+        "usage of gw-1/1790000000000000 (since 2026-11-25 10:00:00Z) is not booked on:"
+    )
+    assert lines[begun + 1] == "  gw-1/1790000000000000/1 at byte 9: torn"
+    assert "\n".join(lines[begun + 2 :]) == SPOOL_FAULT_WAYS
+    told = json.loads(run("gateways", "--json").out)["data"]
+    assert [row["spool_faults"] for row in told] == [[], [fault.model_dump(mode="json")]]
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,43 @@ def test_a_transfer_credits_what_it_debits(store: Store) -> None:
     assert_sound(store)
 
 
+def test_what_others_bore_is_not_among_an_organisations_own_transfers(store: Store) -> None:
+    with store.work(ACTOR) as work:
+        granted = grant(work, usd("5"))
+        lost = ledger.post(
+            work,
+            key="loss:1",
+            debit=ledger.LOSSES,
+            credit=SPOT,
+            amount=usd("0.50"),
+            kind="loss",
+            organisation_id=ORG,
+        )
+        used = charge(work, usd("1.25"), "use:1")
+        back = ledger.post(
+            work,
+            key="back:1",
+            debit=ledger.CREDITS,
+            credit=CREDIT,
+            amount=usd("0.25"),
+            kind="credit",
+            organisation_id=ORG,
+        )
+    with store.read() as tx:
+        window = (ORG, NOON, NOON + HOUR)
+        assert ledger.list_transfers(tx, *window) == [granted, lost, used, back]
+        assert ledger.list_own_transfers(tx, *window) == [granted, used, back]
+        # A page is as long as it may be, whatever is left out of it.
+        assert ledger.list_own_transfers(tx, *window, limit=2) == [granted, used]
+        assert ledger.list_own_transfers(tx, *window, after=granted.seq, limit=1) == [used]
+        moved = sum(
+            t.amount_micros if t.credit == CREDIT else -t.amount_micros
+            for t in ledger.list_own_transfers(tx, *window)
+        )
+        assert moved == ledger.balance(tx, CREDIT).micros
+    assert_sound(store)
+
+
 def test_a_key_posts_once(store: Store) -> None:
     with store.work(ACTOR) as work:
         first = grant(work, usd("5"))

@@ -9,8 +9,10 @@ from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from token_books import EPOCH, MODEL, PRICES, START, SYSTEM, Gateway, TokenBooks, open_books
@@ -79,6 +81,78 @@ def test_usage_is_listed_by_organisation_key_and_replica_in_pages(books: TokenBo
         assert of(replica_id="ins_replica_2") == [3]
         [first] = metering.list_token_usage(tx, limit=1)
         assert of(after=first.seq, limit=1) == [2]
+
+
+def test_usage_is_listed_by_project_and_newest_first(books: TokenBooks) -> None:
+    """Each project's requests are those of a key of its own."""
+    keys = {"prj_a": books.key, "prj_b": books.add_key(), None: books.add_key()}
+    projects = list(keys)
+    for key_id in keys.values():
+        books.ask(1000, key_id=key_id)
+    events = [
+        dataclasses.replace(
+            books.event(n, key_id=keys[projects[n % 3]]), project_id=projects[n % 3]
+        )
+        for n in range(10)
+    ]
+    books.ingest(events, 10)
+
+    def pages(size: int, **named: Any) -> list[int]:
+        found: list[metering.TokenUsage] = []
+        with books.store.read() as tx:
+            while part := metering.list_token_usage(
+                tx, after=found[-1].seq if found else None, limit=size, **named
+            ):
+                found += part
+        return [row.input_uncached for row in found]
+
+    for size in (1, 3, 10):
+        assert pages(size) == list(range(10))
+        assert pages(size, is_newest_first=True) == list(range(9, -1, -1))
+        assert pages(size, project_id="prj_a") == [0, 3, 6, 9]
+        of_b = {"project_id": "prj_b", "organisation_id": books.org}
+        assert pages(size, is_newest_first=True, **of_b) == [7, 4, 1]
+    assert pages(3, project_id="prj_none") == []
+
+
+@pytest.mark.parametrize("after", [None, 7])
+@pytest.mark.parametrize("is_newest_first", [False, True])
+@pytest.mark.parametrize("narrowest", ["organisation_id", "project_id", "key_id"])
+def test_a_page_of_usage_is_read_by_an_index(
+    books: TokenBooks, narrowest: str, is_newest_first: bool, after: int | None
+) -> None:
+    """However much was used before: no page is sorted, and none reads what is not on it."""
+    asked: list[tuple[str, Any]] = []
+
+    def note(*call: Any) -> None:
+        asked.append((call[2], call[3]))
+
+    columns = ["organisation_id", "project_id", "key_id"]
+    named = dict.fromkeys(columns[: columns.index(narrowest) + 1], "x")
+    sa.event.listen(books.store.engine, "before_cursor_execute", note)
+    with books.store.work(SYSTEM) as work:
+        metering.list_token_usage(
+            work.tx, **named, is_newest_first=is_newest_first, after=after, limit=2
+        )
+        statement, values = asked[-1]
+        plan = work.tx.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", values).all()
+    sa.event.remove(books.store.engine, "before_cursor_execute", note)
+    way = "" if after is None else f" AND seq{'<' if is_newest_first else '>'}?"
+    assert [row.detail for row in plan] == [
+        f"SEARCH metering_token USING INDEX ix_metering_token_{narrowest}_seq ({narrowest}=?{way})"
+    ]
+
+
+def test_faults_of_spools_are_kept_whole_and_replaced(books: TokenBooks) -> None:
+    faults = [
+        metering.SpoolFault(gateway=name, epoch=epoch, why=f"of {epoch}")
+        for name, epoch in (("gw-0", 9), ("gw-0", 10), ("gw-1", 3))
+    ]
+    for kept in (faults, faults[1:], []):
+        with books.store.work(SYSTEM) as work:
+            metering.keep_spool_faults(work, kept[::-1])
+        with books.store.read() as tx:
+            assert metering.list_spool_faults(tx) == kept
 
 
 def test_contradicting_counters_are_kept_and_told_with_the_replica(books: TokenBooks) -> None:

@@ -88,6 +88,11 @@ class _Cloud(Collector):
                 ledger.trial_balance(tx).micros,
             )
             yield _plain(
+                "sublet_spool_faults",
+                "Lives of gateways whose usage is not booked on: zero, or somebody has to look.",
+                len(metering.list_spool_faults(tx)),
+            )
+            yield _plain(
                 "sublet_earning_micros_per_hour",
                 "What open meters of sales come to.",
                 earnings.earning_micros_per_hour(tx, now),

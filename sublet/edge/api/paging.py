@@ -25,6 +25,9 @@ OrganisationQuery = Annotated[
         description="For the owner: whose. Left out: the caller's own.",
     ),
 ]
+ProjectQuery = Annotated[
+    str | None, Query(pattern=rest.OWN_ID, description="Of this project only.")
+]
 
 
 def by_seq(rows: Sequence[Any], limit: int, show: Callable[[Any], M]) -> rest.Page[M]:

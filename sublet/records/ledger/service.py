@@ -25,6 +25,7 @@ from sublet.records.ledger.model import (
     Transfer,
     TransferKeyReused,
     customer_account,
+    first_party_account,
     is_organisations,
     is_prepaid,
 )
@@ -287,8 +288,26 @@ def list_transfers(
     after: int | None = None,
     limit: int | None = None,
 ) -> list[Transfer]:
-    """Transfers posted in `[start, end)` in the order of posting; None: of all organisations."""
+    """Transfers posted in `[start, end)` in the order of posting; None: of all organisations.
+
+    Those about an organisation's use that did not move on its accounts, such as what others bore
+    of it, are among them.
+    """
     return store.list_transfers(tx, organisation_id, start, end, after, limit)
+
+
+def list_own_transfers(
+    tx: Connection,
+    organisation_id: str,
+    start: datetime,
+    end: datetime,
+    *,
+    after: int | None = None,
+    limit: int | None = None,
+) -> list[Transfer]:
+    """As `list_transfers`, but only what moved on the organisation's own accounts: what it may see."""
+    own = [customer_account(organisation_id), first_party_account(organisation_id)]
+    return store.list_transfers(tx, organisation_id, start, end, after, limit, own)
 
 
 def changes(

@@ -173,7 +173,7 @@ def insert_transfer(tx: Connection, values: dict[str, Any]) -> int:
 
 
 @cache
-def _transfers(of_one: bool, is_later: bool, is_limited: bool) -> sa.Select[Any]:
+def _transfers(of_one: bool, is_own: bool, is_later: bool, is_limited: bool) -> sa.Select[Any]:
     query = (
         sa.select(transfers)
         .where(transfers.c.at >= sa.bindparam("start"), transfers.c.at < sa.bindparam("end"))
@@ -181,6 +181,9 @@ def _transfers(of_one: bool, is_later: bool, is_limited: bool) -> sa.Select[Any]
     )
     if of_one:
         query = query.where(transfers.c.organisation_id == sa.bindparam("of"))
+    if is_own:
+        own: sa.BindParameter[str] = sa.bindparam("own", expanding=True)
+        query = query.where(sa.or_(transfers.c.debit.in_(own), transfers.c.credit.in_(own)))
     if is_later:
         query = query.where(transfers.c.seq > sa.bindparam("after"))
     return query.limit(sa.bindparam("most")) if is_limited else query
@@ -193,9 +196,20 @@ def list_transfers(
     end: datetime,
     after: int | None,
     limit: int | None,
+    on: Sequence[str] | None = None,
 ) -> list[Transfer]:
-    query = _transfers(organisation_id is not None, after is not None, limit is not None)
-    given = {"start": start, "end": end, "of": organisation_id, "after": after, "most": limit}
+    """`on`: only what moved on one of these accounts."""
+    query = _transfers(
+        organisation_id is not None, on is not None, after is not None, limit is not None
+    )
+    given = {
+        "start": start,
+        "end": end,
+        "of": organisation_id,
+        "own": on,
+        "after": after,
+        "most": limit,
+    }
     values = {name: value for name, value in given.items() if value is not None}
     return [_transfer(row) for row in tx.execute(query, values)]
 

@@ -1,7 +1,8 @@
 """Use that happened: meters of runs, what every device was doing, tokens of requests.
 
 Owns     meters, usage (immutable; a correction is a new row), spans of devices, token usage (the
-         same), how far each gateway's spool is kept, what engines say of themselves.
+         same), how far each gateway's spool is kept and why one is not read on, what engines say of
+         themselves.
 Always   the usage of a run is contiguous and without overlap from its opening to `metered_to`, and
          never passes the last evidence; the spans of a device partition time in whole milliseconds;
          a usage event is kept once, in the transaction that moves its spool's mark.
@@ -46,6 +47,7 @@ from sublet.records.metering.token_model import (
     Gap,
     Reading,
     ReplicaTotals,
+    SpoolFault,
     Sums,
     TokenCorrectionRefused,
     TokenUsage,
@@ -60,8 +62,10 @@ from sublet.records.metering.tokens import (
     find_token_usage,
     ingest,
     keep_reading,
+    keep_spool_faults,
     list_epochs,
     list_readings,
+    list_spool_faults,
     list_token_usage,
     open_epoch,
     replica_totals,
@@ -82,6 +86,7 @@ __all__ = [
     "Reading",
     "ReplicaTotals",
     "Span",
+    "SpoolFault",
     "Sums",
     "TokenCorrectionRefused",
     "TokenUsage",
@@ -104,11 +109,13 @@ __all__ = [
     "get_meter",
     "ingest",
     "keep_reading",
+    "keep_spool_faults",
     "list_epochs",
     "list_meters",
     "list_open_meters",
     "list_readings",
     "list_spans",
+    "list_spool_faults",
     "list_token_usage",
     "list_usage",
     "open_epoch",

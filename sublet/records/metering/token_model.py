@@ -80,6 +80,20 @@ class Epoch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SpoolFault:
+    """Why a life's spool is not read on: what it held stays held, what is behind is not billed."""
+
+    gateway: str
+    epoch: int
+    why: str
+
+    @property
+    def life(self) -> str:
+        """Its folder, below that of all gateways."""
+        return f"{self.gateway}/{self.epoch}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
     """A replica's own totals as it last said them; beside them ours: what it had counted when it
     became ready, and then its rows to `counted_seq`."""

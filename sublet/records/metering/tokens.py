@@ -7,12 +7,14 @@ crash at any point the spool is read again from the mark, and what is known alre
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from datetime import datetime
 
 from sqlalchemy import Connection
 
 from sublet.base.store import Work
+from sublet.base.store.installation import find_fact, keep_fact
 from sublet.base.wire.gateway import Outcome, UsageEvent
 from sublet.records.metering import token_store
 from sublet.records.metering.token_model import (
@@ -22,6 +24,7 @@ from sublet.records.metering.token_model import (
     Gap,
     Reading,
     ReplicaTotals,
+    SpoolFault,
     Sums,
     TokenCorrectionRefused,
     TokenUsage,
@@ -29,6 +32,8 @@ from sublet.records.metering.token_model import (
     UsageInconsistent,
 )
 
+FAULTS = "spool_faults"
+"""The installation's fact: JSON, by the life's folder, why its spool is not read on."""
 _CLASSES = ("input_uncached", "cache_read", "output", "made")
 
 
@@ -138,6 +143,20 @@ def list_epochs(tx: Connection, state: EpochState | str | None = None) -> list[E
     return token_store.list_epochs(tx, states)
 
 
+def keep_spool_faults(work: Work, faults: Sequence[SpoolFault]) -> None:
+    """These are all that there are now; none: every spool is read."""
+    keep_fact(work, FAULTS, json.dumps({fault.life: fault.why for fault in faults}))
+
+
+def list_spool_faults(tx: Connection) -> list[SpoolFault]:
+    """Lives of gateways whose spools are not read on, by name and then the oldest first."""
+    found = []
+    for life, why in json.loads(find_fact(tx, FAULTS) or "{}").items():
+        gateway, _, epoch = life.rpartition("/")
+        found.append(SpoolFault(gateway=gateway, epoch=int(epoch), why=why))
+    return sorted(found, key=lambda fault: (fault.gateway, fault.epoch))
+
+
 def correct_tokens(
     work: Work,
     *,
@@ -204,17 +223,25 @@ def list_token_usage(
     tx: Connection,
     *,
     organisation_id: str | None = None,
+    project_id: str | None = None,
     key_id: str | None = None,
     replica_id: str | None = None,
+    is_newest_first: bool = False,
     after: int | None = None,
     limit: int = 100,
 ) -> list[TokenUsage]:
-    """Records in the order of recording, corrections included; None: of all."""
-    named = {"organisation_id": organisation_id, "key_id": key_id, "replica_id": replica_id}
-    where = [
-        token_store.tokens.c[name] == value for name, value in named.items() if value is not None
-    ]
-    return token_store.list_usage(tx, *where, after=after, limit=limit)
+    """Records in the order of recording, or against it, corrections included; None: of all."""
+    narrowest_first = {
+        "replica_id": replica_id,
+        "key_id": key_id,
+        "project_id": project_id,
+        "organisation_id": organisation_id,
+    }
+    named = {name: value for name, value in narrowest_first.items() if value is not None}
+    where = token_store.where_usage(named)
+    return token_store.list_usage(
+        tx, *where, is_newest_first=is_newest_first, after=after, limit=limit
+    )
 
 
 def token_sums(

@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import ClassVar, Literal
 
 from sublet.base.kernel.errors import Conflict, Forbidden, Invalid, NotFound
+from sublet.base.kernel.interval import from_micros
 from sublet.base.store import Event
 
 Tier = Literal["default", "flex"]
@@ -208,6 +209,23 @@ class GatewayStanding:
     requests: int
     ejected: tuple[str, ...]
     at: datetime
+
+    @classmethod
+    def silent(cls, gateway: str, epoch: int) -> GatewayStanding:
+        """One that has died without a word, as far as is known."""
+        return cls(
+            gateway=gateway,
+            epoch=epoch,
+            snapshot=0,
+            is_alive=False,
+            is_cut_off=True,
+            in_flight={},
+            waiting={},
+            refusals={},
+            requests=0,
+            ejected=(),
+            at=from_micros(epoch),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,9 +56,11 @@ from sublet.base.wire.rest.models import (
     ModelPatch,
     Replica,
     ScopeLimits,
+    SpoolFault,
     TokenPrice,
     TokenPriceCreate,
     TokenUsage,
+    UsageOrder,
 )
 from sublet.base.wire.rest.money import (
     Balance,
@@ -220,6 +222,7 @@ __all__ = [
     "SignUp",
     "SignUpCreate",
     "Site",
+    "SpoolFault",
     "SpotPrice",
     "Ssh",
     "StandingPut",
@@ -235,6 +238,7 @@ __all__ = [
     "Transfer",
     "Transition",
     "UsageLine",
+    "UsageOrder",
     "UseCount",
     "Violation",
     "Workload",

@@ -252,6 +252,16 @@ class DeploymentPatch(Body):
 # ---- what gateways and their callers do -----------------------------------------------------------
 
 
+class SpoolFault(Shape):
+    """A life of a gateway whose usage is not booked any further. What it held stays held until the
+    fault is mended, or its folder is taken away while the cloud is closed."""
+
+    life: str
+    """Its folder below `gateway/` in the data folder."""
+    started_at: Instant
+    why: str
+
+
 class Gateway(Shape):
     """How a gateway stands, as it last said of itself."""
 
@@ -272,7 +282,13 @@ class Gateway(Shape):
     """By code, since it started."""
     ejected: list[str]
     """Replicas that it does not reach."""
+    spool_faults: list[SpoolFault]
+    """Of this life and of earlier ones; none: all its usage is booked."""
     at: Instant
+
+
+UsageOrder = Literal["oldest", "newest"]
+"""Which records come first: by when they were recorded."""
 
 
 class TokenUsage(Shape):

@@ -15,6 +15,7 @@ from sublet.edge.api.errors import declared
 from sublet.edge.api.paging import After, Id, Limit, by_place, by_seq
 from sublet.edge.api.show import models as show
 from sublet.edge.api.versions import Expected, show_version
+from sublet.records import metering
 from sublet.records.tenancy import Action
 from sublet.shops import models
 
@@ -109,12 +110,13 @@ def list_replicas(
 
 @router.get("/gateways")
 def list_gateways(call: Caller, after: After = None, limit: Limit = 100) -> rest.Page[rest.Gateway]:
-    """How each gateway stands, as it last said of itself."""
+    """How each gateway stands, as it last said of itself, and what of its usage is not booked."""
     call.require(Action.READ_FLEET)
     with call.read() as tx:
         found = models.list_gateways(tx)
         newest = models.last_snapshot(tx)
-    return by_place(found, after, limit, lambda one: show.gateway(one, newest))
+        faults = metering.list_spool_faults(tx)
+    return by_place(show.gateways(found, newest, faults), after, limit, lambda one: one)
 
 
 def _shower(tx: Connection) -> Callable[[models.Deployment], rest.Deployment]:

@@ -205,11 +205,16 @@ def list_transfers(
     after: After = None,
     limit: Limit = 100,
 ) -> rest.Page[rest.Transfer]:
-    """What moved on the organisation's account in the window, in the order of posting."""
+    """What moved on the organisation's account in the window, in the order of posting.
+
+    The owner sees besides what was borne of the organisation's use: its losses.
+    """
     found_id = whose(call, Action.READ_MONEY, organisation_id)
     first, last = window(call, start, end)
+    # What nobody charges it for is no business of a customer's, not even how much it is.
+    listed = ledger.list_transfers if call.identity.is_owner else ledger.list_own_transfers
     with call.read() as tx:
-        found = ledger.list_transfers(tx, found_id, first, last, after=after, limit=limit + 1)
+        found = listed(tx, found_id, first, last, after=after, limit=limit + 1)
     return by_seq(found, limit, show.transfer)
 
 

@@ -12,7 +12,7 @@ from sublet.base.store import Work
 from sublet.base.wire import rest
 from sublet.edge.api.call import Call, Caller
 from sublet.edge.api.errors import declared
-from sublet.edge.api.paging import After, Id, Limit, OrganisationQuery, by_seq
+from sublet.edge.api.paging import After, Id, Limit, OrganisationQuery, ProjectQuery, by_seq
 from sublet.edge.api.show import models as show
 from sublet.edge.api.show import people
 from sublet.records import metering, tenancy
@@ -21,6 +21,7 @@ from sublet.records.tenancy import Action, ScopeKind
 router = APIRouter(prefix="/v1", tags=["models"], responses=declared())
 
 KeyQuery = Annotated[str | None, Query(pattern=rest.OWN_ID, description="Of this key only.")]
+Order = Annotated[rest.UsageOrder, Query(description="Which come first; `next` keeps to it.")]
 Scope = Annotated[rest.ScopeKind, Path(description="Of what: organisation, project or key.")]
 
 
@@ -28,26 +29,39 @@ Scope = Annotated[rest.ScopeKind, Path(description="Of what: organisation, proje
 def list_token_usage(
     call: Caller,
     organisation_id: OrganisationQuery = None,
+    project_id: ProjectQuery = None,
     key_id: KeyQuery = None,
+    order: Order = "oldest",
     after: After = None,
     limit: Limit = 100,
 ) -> rest.Page[rest.TokenUsage]:
     """Request by request, as recorded. A key that is bound to a project sees its own requests."""
     bound = call.identity.project_id
-    tenancy.require(call.identity, Action.READ_MONEY, organisation_id, bound)
+    tenancy.require(call.identity, Action.READ_MONEY, organisation_id, project_id or bound)
     if bound is not None:
         if key_id not in (None, call.identity.key.id):
             raise tenancy.KeyNotFound()
         key_id = call.identity.key.id
+    whose = organisation_id or call.organisation_id
     with call.read() as tx:
+        if project_id is not None:
+            _of(tx, project_id, whose)
         found = metering.list_token_usage(
             tx,
-            organisation_id=organisation_id or call.organisation_id,
+            organisation_id=whose,
+            project_id=project_id,
             key_id=key_id,
+            is_newest_first=order == "newest",
             after=after,
             limit=limit + 1,
         )
     return by_seq(found, limit, show.token_usage)
+
+
+def _of(tx: Connection, project_id: str, organisation_id: str) -> None:
+    """It is a project of that organisation, or not found."""
+    if tenancy.get_project(tx, project_id).organisation_id != organisation_id:
+        raise tenancy.ProjectNotFound()
 
 
 @router.get("/limits/{scope_kind}/{scope_id}")
@@ -99,9 +113,7 @@ def _may(
         tenancy.get_organisation(tx, scope_id)
         return limits
     if kind is ScopeKind.PROJECT:
-        project = tenancy.get_project(tx, scope_id)
-        if project.organisation_id != call.organisation_id:
-            raise tenancy.ProjectNotFound()
+        _of(tx, scope_id, call.organisation_id)
         call.require(Action.MANAGE_BUDGETS if is_change else Action.READ)
         if call.identity.project_id not in (None, scope_id):
             raise tenancy.ProjectNotFound()

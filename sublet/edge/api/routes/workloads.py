@@ -23,7 +23,7 @@ from sublet.capacity.engines.port import Attachable, NotAttachable, SpawnSpec
 from sublet.edge.api import inside
 from sublet.edge.api.call import Call, Caller, Poster, versioned
 from sublet.edge.api.errors import declared
-from sublet.edge.api.paging import After, Id, Limit, by_seq
+from sublet.edge.api.paging import After, Id, Limit, ProjectQuery, by_seq
 from sublet.edge.api.routes.market import quoted
 from sublet.edge.api.show import workloads as show
 from sublet.edge.api.versions import Expected, show_version
@@ -34,9 +34,6 @@ from sublet.rights import market
 from sublet.shops import compute
 from sublet.shops.compute.model import Kind
 
-ProjectQuery = Annotated[
-    str | None, Query(pattern=rest.OWN_ID, description="Of this project only.")
-]
 StateQuery = Annotated[rest.WorkloadState | None, Query(description="In this state only.")]
 Offset = Annotated[int, Query(ge=0, le=2**62, description="Where to begin, in bytes.")]
 Follow = Annotated[bool, Query(description="Go on until the workload is over.")]

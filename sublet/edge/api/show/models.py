@@ -108,7 +108,25 @@ def replica(found: models.Replica, in_flight: Collection[Mapping[str, int]]) -> 
     )
 
 
-def gateway(found: models.GatewayStanding, newest_snapshot: int) -> rest.Gateway:
+def gateways(
+    found: Sequence[models.GatewayStanding],
+    newest_snapshot: int,
+    faults: Sequence[metering.SpoolFault],
+) -> list[rest.Gateway]:
+    """By name, with those that died before they said anything and have left a spool all the same."""
+    of: dict[str, list[metering.SpoolFault]] = {}
+    for fault in faults:
+        of.setdefault(fault.gateway, []).append(fault)
+    shown = [gateway(one, newest_snapshot, of.pop(one.gateway, [])) for one in found]
+    for name, left in of.items():
+        silent = models.GatewayStanding.silent(name, left[-1].epoch)
+        shown.append(gateway(silent, newest_snapshot, left))
+    return sorted(shown, key=lambda one: one.name)
+
+
+def gateway(
+    found: models.GatewayStanding, newest_snapshot: int, faults: Sequence[metering.SpoolFault]
+) -> rest.Gateway:
     return rest.Gateway(
         name=found.gateway,
         started_at=from_micros(found.epoch),
@@ -121,6 +139,10 @@ def gateway(found: models.GatewayStanding, newest_snapshot: int) -> rest.Gateway
         waiting=dict(found.waiting),
         refusals=dict(found.refusals),
         ejected=list(found.ejected),
+        spool_faults=[
+            rest.SpoolFault(life=fault.life, started_at=from_micros(fault.epoch), why=fault.why)
+            for fault in faults
+        ],
         at=found.at,
     )
 
