@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import orjson
 
 
 def say(event: str, **fields: str | int | None) -> None:
-    """A constant event and its fields. Not for the hot path: it may block."""
-    sys.stderr.write(orjson.dumps({"event": event, **fields}).decode() + "\n")
-    sys.stderr.flush()
+    """A constant event and its fields. Not for the hot path: it may block.
+
+    A log that takes nothing, on a full disk, stops nobody's work.
+    """
+    with contextlib.suppress(OSError):
+        sys.stderr.write(orjson.dumps({"event": event, **fields}).decode() + "\n")
+        sys.stderr.flush()

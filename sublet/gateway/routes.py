@@ -101,6 +101,8 @@ class Routes:
         """All of this snapshot, by id."""
         self.leaving: list[Any] = []
         """Replicas that are not in this snapshot and still had something in flight."""
+        self.gone: list[Model] = []
+        """Models that are not in this snapshot and were in the one before."""
         self.purses: dict[str, Purse] = {}
         self._epoch = epoch
         self._policies = snapshot.keys
@@ -197,8 +199,8 @@ class Routes:
                     self.leaving.append(replica)
         for name, model in models.items():
             if name not in self.models:
-                # Who waits for it waits in vain, and gives up by the queue's own limit.
                 model.replicas = []
+                self.gone.append(model)
 
     # ---- look-up -----------------------------------------------------------------------------
 

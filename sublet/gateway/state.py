@@ -12,10 +12,11 @@ import orjson
 from sublet.base.kernel.clock import SystemClock, read_boot_ns
 from sublet.base.kernel.interval import from_micros, micros_since_epoch
 from sublet.base.wire.gateway import Gauge, Price
+from sublet.gateway.dialects.prepared import model_not_found
 from sublet.gateway.errors import Refusal
 from sublet.gateway.limits import duration
 from sublet.gateway.purse import Purse
-from sublet.gateway.upstream import Replica
+from sublet.gateway.upstream import EJECTED_NS, Replica
 
 if TYPE_CHECKING:
     from sublet.gateway.control import Control
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 SILENCE_NS = 15_000_000_000
 """A stream without a byte for so long says that it lives."""
+RETRY_NS = 1_000_000_000
 LATENCY_BUCKETS = 20
 NAMES_KEPT = 4096
 
@@ -109,9 +111,14 @@ class Gateway:
         return found
 
     def adopt(self, routes: Routes) -> None:
-        """New routes are in force: who waits for a replica may have one now."""
+        """New routes are in force: who waits for a replica may have one now, and who waits for a
+        model that is served no more need not wait."""
         self.routes = routes
         self._names.clear()
+        for model in routes.gone:
+            for exchange in list(model.waiting):
+                exchange.refuse(model_not_found(model.name))
+        routes.gone = []
         for model in routes.models.values():
             for replica in model.replicas:
                 if model.waiting:
@@ -309,11 +316,15 @@ class Gateway:
 
     def enqueue(self, model: Model, exchange: Exchange) -> None:
         """Wait for a slot, up to the route's limit: for a replica to start, too. Not where there are
-        replicas and none can be reached: that is said at once."""
+        replicas and none can be reached: that is said at once, but for one that tries."""
         route = model.route
         if model.replicas and not self.has_other(model, ()):
+            replica = self._last_resort(model, exchange)
+            if replica is not None:
+                exchange.placed(replica)
+                return
             why = f"No model server of {model.name} can be reached: try again."
-            exchange.refuse(Refusal(503, "no_replica", why, retry_after_s=5))
+            exchange.refuse(Refusal(503, "no_replica", why, retry_after_s=2))
         elif len(model.waiting) >= route.queue_length:
             exchange.refuse(self._overloaded(model))
         else:
@@ -321,6 +332,23 @@ class Gateway:
                 route.queue_seconds, self._queue_ended, model, exchange
             )
             model.waiting.append(exchange)
+
+    def _last_resort(self, model: Model, exchange: Exchange) -> Replica | None:
+        """Where all are out, each is tried again a second after it was last: who is back, as after a
+        crash of the whole node, is found at once."""
+        now_ns = read_boot_ns()
+        chosen: Replica | None = None
+        for replica in model.replicas:
+            if (
+                not replica.is_leaving
+                and replica.out_until_ns - now_ns <= EJECTED_NS - RETRY_NS
+                and (replica.is_filler or exchange.tier != "flex")
+                and replica not in exchange.tries
+            ):
+                chosen = replica
+        if chosen is not None:
+            chosen.out_until_ns = now_ns + EJECTED_NS
+        return chosen
 
     def _queue_ended(self, model: Model, exchange: Exchange) -> None:
         exchange.timer = None

@@ -15,6 +15,7 @@ from bench.gateway.alone import a_route
 from sublet.base.wire.gateway import ReplicaRoute
 from sublet.gateway import upstream
 from sublet.gateway.process import Orders, begin, drain
+from sublet.gateway.state import RETRY_NS
 from tests.gateway.mock_server import MockServer
 from tests.gateway.running import (
     SECRET,
@@ -83,6 +84,41 @@ def test_none_can_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
                 assert time.monotonic() - begun < 2
         for held in kept:
             held.close()
+
+    run(work)
+
+
+def test_all_were_out_and_one_is_back(tmp_path: Path) -> None:
+    """As after a crash of a node: no half minute of refusals, and one try a second at most."""
+
+    async def work() -> None:
+        path = socket_path(tmp_path)
+        async with running(tmp_path, a_route("mock", a_replica(path, "rep_only"))) as gateway:
+            replica = gateway.g.routes.replicas["rep_only"]
+            while not replica.out_until_ns:
+                assert (await ask(gateway, chat("n=1"))).code == "no_replica"
+            async with MockServer(path) as mock:
+                answer = await ask(gateway, chat("n=1"))
+                assert (answer.status, answer.headers["retry-after"]) == (503, "2")
+                assert not mock.requests
+                replica.out_until_ns -= RETRY_NS
+                assert (await ask(gateway, chat("n=1"))).status == 200
+                assert not replica.out_until_ns
+                assert gateway.g.gauge().ejected == ()
+
+    run(work)
+
+
+def test_who_waits_for_a_model_that_is_taken_away(tmp_path: Path) -> None:
+    async def work() -> None:
+        other = a_route("other", a_replica(tmp_path / "other.sock", "rep_other"))
+        async with running(tmp_path, a_route("mock"), other) as gateway:
+            waits = asyncio.ensure_future(ask(gateway, chat("n=1")))
+            await until(lambda: gateway.g.gauge().waiting == {"mock": 1})
+            gateway.publish(other)
+            answer = await asyncio.wait_for(waits, 2)
+            assert (answer.status, answer.code) == (404, "model_not_found")
+            assert gateway.g.gauge().waiting == {}
 
     run(work)
 

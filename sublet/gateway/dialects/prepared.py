@@ -326,6 +326,15 @@ class Prepared:
             self.needs_count = route.server == LLAMA
 
 
+def model_not_found(name: str) -> Refusal:
+    return Refusal(
+        404,
+        "model_not_found",
+        f"There is no model {name[:200]} here: GET /v1/models lists them.",
+        param="model",
+    )
+
+
 def find_route(body: dict[str, Any], models: Mapping[str, Model], kind: str) -> ModelRoute:
     """The route of the model that is asked for. Raises Refusal."""
     name = body.get("model")
@@ -333,12 +342,7 @@ def find_route(body: dict[str, Any], models: Mapping[str, Model], kind: str) -> 
         raise missing("model")
     model = models.get(name)
     if model is None:
-        raise Refusal(
-            404,
-            "model_not_found",
-            f"There is no model {name[:200]} here: GET /v1/models lists them.",
-            param="model",
-        )
+        raise model_not_found(name)
     route = model.route
     if route.kind != kind:
         if route.is_sealed and kind == "embed":
