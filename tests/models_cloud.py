@@ -51,6 +51,7 @@ class Server(LlamaCpp):
     """A model server that is up at once, unless told otherwise."""
 
     is_up: bool = True
+    silent: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)
     counts: Gauges | None = None
 
@@ -60,6 +61,9 @@ class Server(LlamaCpp):
     def ready(self, door: str, model: ModelFacts) -> bool:
         self.asked.append(door)
         return self.is_up
+
+    def lives(self, door: str) -> bool:
+        return door not in self.silent
 
     def gauges(self, door: str) -> Gauges | None:
         return self.counts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import stat
 import tempfile
@@ -216,10 +217,40 @@ def test_its_gauges_count_what_was_asked(start: Start) -> None:
     assert child.end() == 0
 
 
+def test_one_that_hangs_does_not_live_and_one_that_is_busy_does(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = start(LLAMA, muse())
+    asked = [
+        threading.Thread(
+            target=child.ask,
+            args=("/v1/completions",),
+            kwargs={"prompt": "The sea", "max_tokens": 200, "ignore_eos": True},
+        )
+        for _ in range(4)  # Two work, and two wait behind them.
+    ]
+    for one in asked:
+        one.start()
+    while (gauges := LLAMA.gauges(child.door)) is None or gauges.processing < 2:
+        time.sleep(0.005)
+    assert LLAMA.lives(child.door)
+    for one in asked:
+        one.join()
+    monkeypatch.setattr("sublet.shops.models.servers.llama_cpp.LIVES_SECONDS", 0.3)
+    child.process.send_signal(signal.SIGSTOP)
+    unix.connect(child.door).close()  # Its socket takes calls all the same.
+    assert not LLAMA.lives(child.door)
+    child.process.send_signal(signal.SIGCONT)
+    monkeypatch.undo()
+    assert LLAMA.lives(child.door)
+    assert child.end() == 0
+
+
 def test_nobody_there_is_not_ready_and_has_no_gauges(tmp_path: Path) -> None:
     door = str(tmp_path / MODEL_SOCKET)
     assert not LLAMA.ready(door, muse())
     assert LLAMA.gauges(door) is None
+    assert not LLAMA.lives(door)
     (tmp_path / MODEL_SOCKET).write_text("no socket")
     assert not LLAMA.ready(door, muse())
 

@@ -346,6 +346,24 @@ def test_one_that_dies_is_gone_and_another_takes_its_place(cloud: Cloud) -> None
     assert cloud.deployment(made).failures == 1
 
 
+def test_one_that_hangs_is_replaced_and_what_it_has_in_hand_not_waited_for(cloud: Cloud) -> None:
+    """It holds its socket and answers nobody, so no supervisor sees an end."""
+    serving(cloud, max_replicas=2)
+    [hung] = cloud.ready()
+    cloud.gateways["gw-0"].in_flight = {hung.id: 1}
+    cloud.server.silent.add(hung.door)
+    cloud.run(100)
+    assert cloud.ready() == [hung]  # A slow answer or a few are no reason.
+    cloud.run(40)
+    [other] = cloud.ready()
+    assert other.id != hung.id
+    assert cloud.named() == {other.id}
+    [gone] = cloud.replicas("gone")
+    assert (gone.id, gone.reason) == (hung.id, "not_answering")
+    cloud.run(150)
+    assert cloud.ready() == [other]
+
+
 # ---- who may serve ------------------------------------------------------------------------------
 
 

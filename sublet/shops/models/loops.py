@@ -25,6 +25,7 @@ from sublet.shops import compute
 from sublet.shops.compute import Location, Reason
 from sublet.shops.compute.states import State
 from sublet.shops.models import scaling, service, store
+from sublet.shops.models.liveness import Liveness
 from sublet.shops.models.model import (
     Deployment,
     DeploymentState,
@@ -54,13 +55,16 @@ LEAVE_LIMIT = timedelta(minutes=10)
 for, and a client that reads for ever must not hold them for ever."""
 REVOKED_LIMIT = timedelta(seconds=45)
 """The same where it may serve no more: with snapshot and grace it is gone within a minute."""
+SILENT_LIMIT = timedelta(seconds=5)
+"""And where its server answers nobody: what it has in hand waits in vain."""
 LIVE = (ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING)
 LEAVING = frozenset({State.INTERRUPTING, State.STOPPING})
 
 RETIRED = "retired"
 ENDED = "model_ended"
 REVOKED = "grant_revoked"
-OUR_REASONS = frozenset({RETIRED, ENDED, REVOKED, str(Reason.SCALED_IN)})
+SILENT = "not_answering"
+OUR_REASONS = frozenset({RETIRED, ENDED, REVOKED, SILENT, str(Reason.SCALED_IN)})
 """Why we let one leave; all others are its notice's."""
 
 
@@ -80,6 +84,7 @@ class ModelsLoop:
         self._engine = engine
         self._servers = servers
         self._starts = Starts(books, engine, servers, key, executor)
+        self._liveness = Liveness(self._starts.submit)
         self._readings = Readings(books, engine, servers, self._starts.submit)
         self._is_busy = False
 
@@ -130,8 +135,19 @@ class ModelsLoop:
         elif replica.state is ReplicaState.STARTING:
             self._is_busy = True
             self._try_to_serve(replica, at, now)
+        elif self._is_silent(replica, at, now):
+            log.warning("replica_silent", replica_id=replica.id, model=replica.model)
+            self._drain(replica, SILENT)
         else:
             self._readings.look(replica, at, now)
+
+    def _is_silent(self, replica: Replica, at: Location, now: datetime) -> bool:
+        if at.run_id is None:
+            return False
+        with self._books.read() as tx:
+            server = self._servers[store.get_model(tx, replica.model).server]
+        door = self._engine.door(at.run_id, MODEL_SOCKET)
+        return self._liveness.is_silent(replica.id, server, door, now)
 
     def _drain(self, replica: Replica, reason: str) -> None:
         """It gets no new call from the next snapshot on."""
@@ -183,6 +199,7 @@ class ModelsLoop:
             if is_early and found.state is not ReplicaState.DRAINING:
                 _note_failure(work, found.deployment_id, story)
         self._starts.forget(replica.id)
+        self._liveness.forget(replica.id)
         self._readings.forget(replica.id)
 
     def _story(self, at: Location, why: str) -> str:
@@ -398,6 +415,8 @@ def _is_late(replica: Replica, deployment: Deployment, now: datetime) -> bool:
         return False
     if replica.reason == str(Reason.SCALED_IN):
         limit = LEAVE_LIMIT
+    elif replica.reason == SILENT:
+        limit = SILENT_LIMIT
     else:
         limit = min(timedelta(seconds=deployment.drain_seconds), REVOKED_LIMIT)
     return now - replica.draining_at >= limit

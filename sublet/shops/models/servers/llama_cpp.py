@@ -22,6 +22,7 @@ from sublet.shops.models.servers.port import (
 
 READY_SECONDS = 10.0
 """Most of it for a large model's first token on slow devices."""
+LIVES_SECONDS = 5.0
 GAUGES_SECONDS = 2.0
 _SAMPLING = (
     "temperature",
@@ -86,6 +87,9 @@ class LlamaCpp:
 
     def ready(self, door: str, model: ModelFacts) -> bool:
         return asking.answers(door, model, seconds=READY_SECONDS)
+
+    def lives(self, door: str) -> bool:
+        return unix.get(door, "/health", seconds=LIVES_SECONDS) is not None
 
     def gauges(self, door: str) -> Gauges | None:
         page = unix.get(door, "/metrics", seconds=GAUGES_SECONDS)

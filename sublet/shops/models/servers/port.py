@@ -87,6 +87,10 @@ class ModelServer(Protocol):
         """It has just answered a real request, of one token or one input. It counts like others."""
         ...
 
+    def lives(self, door: str) -> bool:
+        """It answers at all, however busy it is. It costs no token and waits behind none."""
+        ...
+
     def gauges(self, door: str) -> Gauges | None:
         """None: it does not answer."""
         ...
