@@ -31,7 +31,7 @@ URL_LIMIT = 4096
 PIPELINE = 8
 """Requests read ahead on one connection; beyond, it is not read until they are answered."""
 PIPELINE_LIMIT = 256
-LARGE = 65_536
+LARGE = 131_072
 """A body beyond this is read only with a valid key, and no further request is read ahead of it."""
 WRITE_HIGH = 262_144
 HEAD_NS = 20_000_000_000
