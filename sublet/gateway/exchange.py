@@ -711,7 +711,11 @@ class Exchange:
         g.give_back(known, self.charged - tokens)
         first_us = self.first_us
         if first_us is not None:
-            g.note_latency(p.route.name, first_us - self.started_us)
+            model = self.model
+            assert model is not None
+            waited_us = first_us - self.started_us
+            model.first_bytes[(waited_us // 1000).bit_length()] += 1
+            model.first_us += waited_us
         row = b'{"id":"%b",%b,"outcome":"%b","started_us":%d,"ended_us":%d,"first_us":%b,"input_uncached":%d,"cache_read":%d,"output":%d,"made":%d,"micros":%d,"is_inconsistent":%b}' % (
             self.rid,
             g.named(known, self.price, p, replica),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,14 @@ from sublet.gateway.errors import Refusal
 
 if TYPE_CHECKING:
     from sublet.gateway.edge import Request
+    from sublet.gateway.routes import Model
     from sublet.gateway.state import Gateway
 
 MODELS = b"/v1/models"
 LATER = (b"/v1/responses", b"/v1/files", b"/v1/batches", b"/v1/audio", b"/v1/images")
 JSON = b"application/json"
+BUCKETS = 17
+"""Of the histogram, each twice the one before it: to 65 seconds."""
 OLD_NS = 60_000_000_000
 TEXT = b"text/plain; version=0.0.4"
 
@@ -99,6 +103,22 @@ def _health(g: Gateway) -> Page:
     return Page(status=200 if is_well else 503, body=orjson.dumps({"ok": is_well, **status}))
 
 
+def _first_bytes(model: Model) -> list[str]:
+    """How long requests waited for their first byte."""
+    name, label = "sublet_gateway_first_byte_seconds", f'model="{model.name}"'
+    counts = list(itertools.accumulate(model.first_bytes))
+    lines = [
+        f'{name}_bucket{{{label},le="{2**k / 1000:g}"}} {count}'
+        for k, count in enumerate(counts[:BUCKETS])
+    ]
+    return [
+        *lines,
+        f'{name}_bucket{{{label},le="+Inf"}} {counts[-1]}',
+        f"{name}_sum{{{label}}} {model.first_us / 1e6:g}",
+        f"{name}_count{{{label}}} {counts[-1]}",
+    ]
+
+
 def _metrics(g: Gateway) -> bytes:
     """Prometheus text: few names, all counters since this process began."""
     gauge = g.gauge()
@@ -121,6 +141,9 @@ def _metrics(g: Gateway) -> bytes:
         f'sublet_gateway_waiting{{model="{model}"}} {count}'
         for model, count in sorted(gauge.waiting.items())
     ]
+    lines.append("# TYPE sublet_gateway_first_byte_seconds histogram")
+    for model in g.routes.models.values():
+        lines += _first_bytes(model)
     lines += [
         "# TYPE sublet_gateway_connections gauge",
         f"sublet_gateway_connections {len(g.connections)}",

@@ -62,11 +62,15 @@ class Known:
 class Model:
     """One model and the requests that wait for a replica of it."""
 
-    __slots__ = ("heads", "name", "replicas", "route", "waiting")
+    __slots__ = ("first_bytes", "first_us", "heads", "name", "replicas", "route", "waiting")
 
     def __init__(self, route: ModelRoute) -> None:
         self.name = route.name
         self.waiting: deque[Any] = deque()
+        self.first_bytes = [0] * 64
+        """Requests by the time to their first byte: at k, less than 2^k ms and not less than half."""
+        self.first_us = 0
+        """All of that time."""
         self.replicas: list[Any] = []
         self.take(route)
 

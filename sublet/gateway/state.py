@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 SILENCE_NS = 15_000_000_000
 """A stream without a byte for so long says that it lives."""
 RETRY_NS = 1_000_000_000
-LATENCY_BUCKETS = 20
 NAMES_KEPT = 4096
 
 
@@ -50,7 +49,6 @@ class Gateway:
         self.connections: dict[Downstream, None] = {}
         self.refusals: dict[str, int] = {}
         self.requests = 0
-        self.latency: dict[str, list[int]] = {}
         self.date = self.ok = b""
         """How every head begins; made anew each second."""
         self.second_ns = read_boot_ns()
@@ -406,12 +404,6 @@ class Gateway:
     def refused(self, code: str) -> None:
         self.refusals[code] = self.refusals.get(code, 0) + 1
 
-    def note_latency(self, model: str, microseconds: int) -> None:
-        buckets = self.latency.get(model)
-        if buckets is None:
-            buckets = self.latency[model] = [0] * LATENCY_BUCKETS
-        buckets[min((microseconds // 1000).bit_length(), LATENCY_BUCKETS - 1)] += 1
-
     def open_rows(self) -> list[bytes]:
         """Requests that have been open for a while, as they would be lost now."""
         return [exchange.open_row() for exchange in list(self.open)]
@@ -433,7 +425,6 @@ class Gateway:
             spool_file=file,
             spool_offset=offset,
             ejected=tuple(r.id for r in replicas if r.out_until_ns > now_ns),
-            latency_us={name: tuple(counts) for name, counts in self.latency.items()},
         )
 
 

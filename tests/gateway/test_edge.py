@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from bench.gateway.alone import Caller, a_route
 from sublet.base.wire.gateway import ScopeLimits
@@ -256,6 +258,43 @@ def test_a_stale_snapshot_sells_nothing(tmp_path: Path) -> None:
                 assert (answer.status, answer.json()["is_snapshot_old"]) == (503, True)
             gateway.publish(route)
             assert (await ask(gateway, chat("n=1"))).status == 200
+
+    run(work)
+
+
+def test_its_metrics_are_such_as_prometheus_reads(tmp_path: Path) -> None:
+    async def work() -> None:
+        path = socket_path(tmp_path)
+        async with (
+            MockServer(path),
+            running(tmp_path, a_route("mock", a_replica(path))) as gateway,
+            Client(gateway.port) as client,
+        ):
+            for words in ("n=1", "n=1", "n=1 silent=0.1"):
+                assert (await ask(gateway, chat(words))).status == 200
+            assert (
+                await ask(gateway, chat("n=1"), headers={"Authorization": "Bearer sk-x"})
+            ).status == 401
+            client.get("/metrics")
+            page = (await client.answer()).body.decode()
+        found = {family.name: family for family in text_string_to_metric_families(page)}
+        assert found["sublet_gateway_requests"].samples[0].value == 3
+        [refusal] = found["sublet_gateway_refusals"].samples
+        assert (refusal.labels, refusal.value) == ({"code": "invalid_api_key"}, 1)
+        waits = found["sublet_gateway_first_byte_seconds"]
+        assert waits.type == "histogram"
+        by_limit = {
+            float(sample.labels["le"]): sample.value
+            for sample in waits.samples
+            if sample.name.endswith("_bucket")
+        }
+        assert list(by_limit) == sorted(by_limit)
+        assert list(by_limit.values()) == sorted(by_limit.values())
+        assert by_limit[0.064] <= 2
+        assert by_limit[math.inf] == 3
+        rest = {sample.name.rpartition("_")[2]: sample.value for sample in waits.samples}
+        assert rest["count"] == 3
+        assert rest["sum"] >= 0.1
 
     run(work)
 

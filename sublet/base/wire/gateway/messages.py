@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from typing import Any, Self, TypeVar
@@ -266,8 +266,6 @@ class Gauge:
     """All of the spool before it is on disk."""
     ejected: tuple[str, ...] = ()
     """Replicas that it does not reach."""
-    latency_us: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """By model: counts of time to the first byte, in buckets that double from 1 ms."""
 
     def to_json(self) -> bytes:
         return orjson.dumps(self)
