@@ -251,17 +251,55 @@ def test_filler_leaves_for_a_sale_after_its_drain(make_world: Make) -> None:
     world.run(10)
     assert claim(world, made).rank is Rank.FILLER
     instance = world.rent()
-    # The book counts in slots of five minutes: it starts with one of the next, told in time.
+    # Its notice, a grace of 5 s and a scrub of 2; and 2 s in which to tell it.
     starts_at = claim(world, instance).starts_at
-    assert starts_at == world.at(480)
-    world.until(480)
+    assert starts_at == world.at(10 + 20 + 5 + 2 + 2)
+    world.until(29)
+    assert see(world, made).state is compute.State.INTERRUPTING
+    world.until(45)
     run = world.last(made)
     assert run.term_at - run.published_at >= timedelta(seconds=20)
-    world.run(10)
     over = see(world, made)
     assert (over.state, over.reason) == (compute.State.TERMINATED, Reason.SPOT_INTERRUPTION)
     assert world.state(instance) == "running"
     assert world.meter(world.last(instance)).opened_at - starts_at <= timedelta(seconds=2)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("age", [100, 290, 1000])
+@pytest.mark.parametrize("offer", ["gpu-spot", "gpu-on-demand"])
+def test_a_buyer_waits_for_the_drain_and_not_for_the_grid(
+    make_world: Make, nodes: int, age: int, offer: str
+) -> None:
+    world = make_world(nodes=nodes, devices=2)
+    made = [replica(world, drain=20) for _ in range(2 * nodes)]
+    world.run(age)
+    first = world.rent(offer=offer)
+    world.run(15)
+    second = world.rent(offer=offer, who=world.other)
+    world.run(50)
+    for instance in (first, second):
+        waited = world.last(instance).intended_at - instance.created_at
+        assert timedelta(seconds=20) <= waited <= timedelta(seconds=20 + 5 + 2 + 2)
+    left = [see(world, one) for one in made]
+    assert [one.state for one in left].count(compute.State.TERMINATED) == 2
+    for one in left:
+        run = world.last(one)
+        if run.term_at is not None:
+            assert run.term_at - run.published_at >= timedelta(seconds=20)
+
+
+def test_the_owners_own_work_waits_for_the_drain_of_filler_and_no_longer(make_world: Make) -> None:
+    world = make_world(devices=2)
+    made = [replica(world, drain=20) for _ in range(2)]
+    world.run(100)
+    job = world.job(offer="gpu-spot", who=world.owner)
+    world.run(30)
+    waited = world.last(job).intended_at - job.created_at
+    assert timedelta(seconds=20) <= waited <= timedelta(seconds=20 + 5 + 2 + 2)
+    over = [see(world, one) for one in made]
+    assert [one.reason for one in over].count(Reason.OWNER_RECALL) == 1
+    assert [one.state for one in over].count(compute.State.RUNNING) == 1
 
 
 def test_filler_that_has_drained_leaves_at_once(make_world: Make) -> None:
@@ -269,12 +307,16 @@ def test_filler_that_has_drained_leaves_at_once(make_world: Make) -> None:
     made = replica(world, drain=60)
     world.run(10)
     instance = world.rent()
-    world.until(460)
+    promised = claim(world, instance).starts_at
+    world.until(20)
     assert see(world, made).state is compute.State.INTERRUPTING
     stop(world, made, Reason.DRAINED)
-    world.until(490)
+    world.until(35)
     assert see(world, made).reason is Reason.DRAINED
     assert world.state(instance) == "running"
+    # A grace of 5 s and a scrub of 2 from the end of its drain: before the notice has run.
+    opened_at = world.meter(world.last(instance)).opened_at
+    assert opened_at <= world.at(20 + 5 + 2 + 1) < promised
 
 
 def test_a_minimum_stands_as_firm_as_what_is_sold_on_demand(make_world: Make) -> None:

@@ -335,24 +335,81 @@ def test_a_higher_rank_displaces_a_lower_one_by_its_terms(
             work, a_sale(work, pool_id, rank=Rank.ON_DEMAND, firm=3600, notice=3600)
         )
     assert isinstance(decision, Admitted)
-    assert decision.claim.starts_at == START + timedelta(minutes=5)
+    starts_at = START + seconds(152) + service.NOTICE_SLACK
+    assert decision.claim.starts_at == starts_at
     (pin,) = decision.displaced
-    assert (pin.claim_id, pin.free_by) == (spot.id, START + timedelta(minutes=5))
-    assert pin.notice_at == START + seconds(300 - 152)
-    assert loops.step(store, clock.now()) == START + loops.AT_LEAST_EVERY
-    assert emitted(store, allocation.ClaimNoticed) == 0
-    clock.advance_to(pin.notice_at - service.NOTICE_SLACK)
-    loops.step(store, clock.now())
+    assert (pin.claim_id, pin.free_by) == (spot.id, starts_at)
+    assert pin.notice_at == START + service.NOTICE_SLACK
     assert emitted(store, allocation.ClaimNoticed) == 1
     with store.work(SYSTEM) as work:
         told = allocation.get_claim(work.tx, spot.id)
         assert told.notice_reason == "spot_interruption"
         assert told.term_at == pin.term_at
         assert allocation.place(work, decision.claim.id) is None
-    clock.advance_to(START + timedelta(minutes=5))
+    clock.advance_to(starts_at)
     with store.work(SYSTEM) as work:
         assert allocation.place(work, decision.claim.id) is None
         allocation.release(work, spot.id)
+        assert allocation.place(work, decision.claim.id) is not None
+
+
+def test_a_longer_notice_is_given_at_its_last_moment(store: Store, clock: VirtualClock) -> None:
+    pool_id = a_pool(store, 1)
+    rent(store, pool_id, notice=1800)
+    with store.work(SYSTEM) as work:
+        decision = allocation.admit(
+            work, a_sale(work, pool_id, rank=Rank.ON_DEMAND, firm=3600, notice=3600)
+        )
+    assert isinstance(decision, Admitted)
+    (pin,) = decision.displaced
+    assert loops.step(store, clock.now()) == START + loops.AT_LEAST_EVERY
+    assert emitted(store, allocation.ClaimNoticed) == 0
+    clock.advance_to(pin.notice_at - service.NOTICE_SLACK)
+    loops.step(store, clock.now())
+    assert emitted(store, allocation.ClaimNoticed) == 1
+
+
+def test_a_withdrawn_notice_is_repeated_for_a_sale_when_it_may_be(
+    store: Store, clock: VirtualClock
+) -> None:
+    pool_id = a_pool(store, 1)
+    spot = rent(store, pool_id)
+    with store.work(SYSTEM) as work:
+        allocation.give_notice(
+            work, spot.id, reason="price", term_at=allocation.earliest_term_at(spot, work.now)
+        )
+        allocation.withdraw_notice(work, spot.id)
+    clock.advance_to(START + timedelta(minutes=8))
+    with store.work(SYSTEM) as work:
+        decision = allocation.admit(
+            work, a_sale(work, pool_id, rank=Rank.ON_DEMAND, firm=3600, notice=3600)
+        )
+    assert isinstance(decision, Admitted)
+    may_be_told_at = START + timedelta(minutes=10)
+    assert decision.claim.starts_at == may_be_told_at + seconds(152)
+    clock.advance_to(may_be_told_at - seconds(1))
+    loops.step(store, clock.now())
+    assert emitted(store, allocation.ClaimNoticed) == 1
+    clock.advance_to(may_be_told_at)
+    loops.step(store, clock.now())
+    assert emitted(store, allocation.ClaimNoticed) == 2
+
+
+def test_who_leaves_sooner_lets_the_sale_begin_sooner(store: Store, clock: VirtualClock) -> None:
+    pool_id = a_pool(store, 1)
+    spot = rent(store, pool_id)
+    with store.work(SYSTEM) as work:
+        decision = allocation.admit(
+            work, a_sale(work, pool_id, rank=Rank.ON_DEMAND, firm=3600, notice=3600)
+        )
+    assert isinstance(decision, Admitted)
+    promised = decision.claim.starts_at
+    clock.advance_to(START + seconds(40))
+    with store.work(SYSTEM) as work:
+        assert allocation.begin_early(work, decision.claim.id).starts_at == promised
+        allocation.release(work, spot.id)
+        assert allocation.place(work, decision.claim.id) is None
+        assert allocation.begin_early(work, decision.claim.id).starts_at == clock.now()
         assert allocation.place(work, decision.claim.id) is not None
 
 
@@ -364,7 +421,7 @@ def test_who_was_displaced_for_nothing_stays(store: Store, clock: VirtualClock) 
             work, a_sale(work, pool_id, rank=Rank.ON_DEMAND, firm=3600, notice=3600)
         )
     assert isinstance(decision, Admitted)
-    clock.advance_to(START + seconds(200))
+    clock.advance_to(START + seconds(100))
     loops.step(store, clock.now())
     assert emitted(store, allocation.ClaimNoticed) == 1
     with store.work(SYSTEM) as work:

@@ -2,7 +2,7 @@
 
 Owns     claims with their releases, placements, firm shelves, the book's generation.
 Always   a device has at most one holder at any instant, and inside a first-party claim at most one
-         child; in every bucket of an admitted sale's lock `locked + need ≤ supply`; nobody's
+         child; at every instant of an admitted sale's lock `locked + need ≤ supply`; nobody's
          SIGTERM lies before its release allows; a free-by, once told, never moves earlier.
 Callers  owner files first-party claims, plans recalls and gives their notices; compute files the
          claims of market's contracts, places, opens and releases them; app runs `loops.step`
@@ -11,6 +11,7 @@ Callers  owner files first-party claims, plans recalls and gives their notices; 
 
 from sublet.capacity.allocation.book import PoolBook
 from sublet.capacity.allocation.model import (
+    WITHDRAWN_REST,
     Admitted,
     Claim,
     ClaimNotFound,
@@ -45,6 +46,7 @@ from sublet.capacity.allocation.recall import (
 )
 from sublet.capacity.allocation.service import (
     admit,
+    begin_early,
     file_first_party,
     get_book,
     give_notice,
@@ -70,6 +72,7 @@ from sublet.capacity.allocation.store import (
 )
 
 __all__ = [
+    "WITHDRAWN_REST",
     "Admitted",
     "BuyBack",
     "Claim",
@@ -98,6 +101,7 @@ __all__ = [
     "Urgency",
     "Victim",
     "admit",
+    "begin_early",
     "curve",
     "earliest_term_at",
     "file_first_party",

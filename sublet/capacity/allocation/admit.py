@@ -6,13 +6,16 @@ A sale of rank r that wants `size` devices from `start` on passes if
 (2) in every later bucket of its interval `equals + size ≤ supply`;
 (3) its units are free at its start, or are freed by then by lower ranks, which are pinned here.
 Where only lower ranks stand in the way, the start (and with it the end) moves to when they are
-gone; a claim dated ahead is not moved but refused.
+gone; a claim dated ahead is not moved but refused. Whether and after whom a sale may start is
+decided on the grid; when those are gone is an instant, and it starts then.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import replace
 from datetime import datetime, timedelta
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +29,10 @@ from sublet.capacity.allocation.book import (
     Nodes,
     PoolBook,
 )
+from sublet.capacity.allocation.grid import Grid
 from sublet.capacity.allocation.model import (
+    LATE_CHECK,
+    NOTICE_SLACK,
     Admitted,
     Claim,
     Pinned,
@@ -57,12 +63,25 @@ def admit(
     start = room.start(claim.starts_at, clock=now, is_dated=is_dated)
     if start is None:
         return _refused(room, is_dated=is_dated, with_ways_on=with_ways_on)
-    claim = _moved(claim, to=start)
-    displaced = _displaced(room, claim)
-    if displaced is None:
-        reason = RefusalReason.NODES
-        return _refused(room, is_dated=is_dated, with_ways_on=with_ways_on, reason=reason)
-    return Admitted(claim=claim, displaced=displaced)
+    for moment in (room.sooner(start), start) if start > claim.starts_at else (start,):
+        moved = _moved(claim, to=moment)
+        displaced = _displaced(room, moved)
+        if displaced is not None:
+            return Admitted(claim=moved, displaced=displaced)
+    reason = RefusalReason.NODES
+    return _refused(room, is_dated=is_dated, with_ways_on=with_ways_on, reason=reason)
+
+
+def at_once(book: PoolBook, claim: Claim, *, now: datetime) -> Claim | None:
+    """A sale of the book that was asked for at once, begun now instead of when it was promised.
+
+    None: its devices are not free yet, or would be at somebody's cost.
+    """
+    assert claim.starts_at > now
+    again = admit(book.without(claim.id), _moved(claim, to=now), now=now, with_ways_on=False)
+    if isinstance(again, Refused) or again.displaced or again.claim.starts_at > now:
+        return None
+    return again.claim
 
 
 def applied(book: PoolBook, admitted: Admitted) -> PoolBook:
@@ -84,6 +103,10 @@ def _moved(claim: Claim, *, to: datetime) -> Claim:
         release = replace(release, ends_at=release.ends_at + (to - claim.starts_at))
     return replace(claim, starts_at=to, release=release)
 
+
+PROMPT = timedelta(minutes=10)
+"""So far ahead a sale may take over within a bucket. The grid counts both in that bucket, so that
+until then a device less may be sold than there is; who starts later can wait for an edge."""
 
 Flags = NDArray[np.bool_]
 
@@ -207,11 +230,12 @@ class _Room:
         since = grid.index(asked)
         if not self.passes(asked, clock, None, since=since):
             return None
-        if not is_dated and not self.units_free(asked, clock):
+        is_free = is_dated or self.units_free(asked, clock)
+        if not is_free and not self.any_device_does(clock):
             return None
         soft = self.soft(clock)
         if soft is None or self.passes(asked, clock, soft, since=since):
-            return asked
+            return asked if is_free else None
         if is_dated:
             return None
         return self._start_after_lower(asked, clock, soft)
@@ -237,6 +261,48 @@ class _Room:
             if not self.passes(start, clock, None, since=since):
                 return None
         return None
+
+    def any_device_does(self, clock: datetime) -> bool:
+        """Whose units are single devices has one wherever a lower rank leaves; larger units might
+        be free in pieces only."""
+        return clock == self.now and self.claim.devices == 1 and not self.claim.whole_node
+
+    def sooner(self, edge: datetime) -> datetime:
+        """From when on it has room beside all who are not gone by then; `edge` was found to do.
+
+        Equals, higher ranks and the owner's need count bucket by bucket as ever, and there is room
+        for them from now on: only lower ranks are looked at more closely, each to its free-by.
+        """
+        grid, asked = self.book.grid, self.claim.starts_at
+        leaving = sorted(
+            (_gone_at(c, grid, self.now), self.book.node_set(c), c.size)
+            for c in self.book.claims
+            if c.is_sale and c.rank < self.claim.rank and c.starts_at < edge
+        )
+        moments = {asked, *(end for end, _, _ in leaving if end < edge)}
+        moments.update(grid.edges[: grid.index(edge)])
+        locked: Counts = np.zeros((2, 1), np.int32)
+        start = edge
+        for at in sorted((at for at in moments if at >= asked), reverse=True):
+            while leaving and leaving[-1][0] > at:
+                _, node_set, size = leaving.pop()
+                locked[node_set] += size
+            if not self._fits_beside(locked, grid.index(at)):
+                break
+            start = at
+        if start == asked and not self.units_free(asked, self.now):
+            return edge
+        return start if start <= asked + PROMPT else edge
+
+    def _fits_beside(self, locked: Counts, bucket: int) -> bool:
+        """Whether the bucket has room beside so much of lower ranks, per node set."""
+        beyond = bucket >= self.beyond(self.now, self.now)
+        room = int((self.far if beyond else self.near)[bucket]) - int(locked.sum())
+        if bucket == self.book.grid.index(self.now):
+            room -= self.book.waiting
+        if room < self.size or self.book.nodes is None:
+            return room >= self.size
+        return bool(self.nodes_pass(self.book.nodes, self.hard + locked)[bucket])
 
     def earliest(self) -> datetime | None:
         """The first edge of the grid at which it would be admitted if all else stayed as it is."""
@@ -306,43 +372,97 @@ def _smaller(room: _Room, *, is_dated: bool) -> int | None:
 def _displaced(room: _Room, claim: Claim) -> tuple[Pinned, ...] | None:
     """Lower ranks that must be gone for this claim, each with its pinned end; None if they cannot.
 
-    Every bucket of the lock is walked in order: what is too much in it leaves by its beginning.
-    Too much is never more than the claim's own size: an excess that was there before is not its.
+    Its lock is walked in order: what is too much leaves by then. Too much is never more than the
+    claim's own size: an excess that was there before is not its.
     """
     book, grid = room.book, room.book.grid
     first, stop = grid.span(claim.starts_at, room.lock_end(claim.starts_at))
-    held = book.active[:, :, first:stop].sum(axis=(0, 1), dtype=np.int32)
-    need = book.owner_need()[first:stop] + np.int32(book.head_room)
-    excess = np.minimum(held + need + claim.size - book.supply[first:stop], claim.size)
+    active = book.active[:, :, first:stop].sum(axis=(0, 1), dtype=np.int32)
+    room_for_sales = book.supply - book.owner_need() - np.int32(book.head_room)
+    if (
+        claim.starts_at == room.claim.starts_at
+        and (active + claim.size <= room_for_sales[first:stop]).all()
+    ):
+        return ()
+    cells = list(zip(grid.edges[first:stop], range(first, stop), active.tolist(), strict=True))
+    # Up to so far ahead one may take over from another within a bucket: instant by instant.
+    near = min(grid.index(room.now + PROMPT) + 1, stop)
+    if near > first:
+        cells[: near - first] = _held_within(room, claim.starts_at, near)
+    edges = [at for at, _, _ in cells]
     pins: dict[str, Pinned] = {}
-    freed = np.zeros(stop - first, np.int32)
-    for offset in np.flatnonzero(excess > 0):
-        missing = int(excess[offset] - freed[offset])
+    freed = np.zeros(len(cells), np.int32)
+    for place, (edge, bucket, held) in enumerate(cells):
+        excess = min(held + claim.size - int(room_for_sales[bucket]), claim.size)
+        missing = excess - int(freed[place])
         if missing <= 0:
             continue
-        bucket = first + int(offset)
-        able = {c.id: c for c in book.claims if c.id not in pins and _may_leave(room, c, bucket)}
-        edge = grid.edges[bucket]
+        able = {
+            c.id: c for c in book.claims if c.id not in pins and _may_leave(room, c, bucket, edge)
+        }
         chosen = choose([_candidate(room, c, edge) for c in able.values()], missing)
         if chosen is None:
             return None
         for picked in chosen.picked:
             victim = able[picked.claim_id]
             pins[victim.id] = _pin(victim, edge)
-            _, last = grid.span(victim.starts_at, victim.held_until())
-            freed[offset : max(last - first, 0)] += picked.size
+            until = victim.held_until()
+            last = len(cells) if until is None else bisect_left(edges, until)
+            freed[place : max(last, place)] += picked.size
     return tuple(sorted(pins.values(), key=lambda pin: (pin.notice_at, pin.claim_id)))
 
 
-def _may_leave(room: _Room, victim: Claim, bucket: int) -> bool:
-    """Whether it is of lower rank, holds something in the bucket, and can be gone by its start."""
+def _held_within(room: _Room, start: datetime, stop: int) -> list[tuple[datetime, int, int]]:
+    """What sales hold from `start` to the bucket `stop`, from each instant at which that changes or
+    a bucket begins: the instant, its bucket, the devices."""
+    grid = room.book.grid
+    end = grid.edges[stop] if stop < len(grid) else None
+    changes = {start: 0} | dict.fromkeys(grid.edges[grid.index(start) + 1 : stop], 0)
+    for claim in room.book.claims:
+        until = claim.held_until()
+        if not claim.is_sale:
+            continue
+        if until is not None and (until := _late(until, grid, room.now)) <= start:
+            continue
+        begun = max(claim.starts_at, start)
+        changes[begun] = changes.get(begun, 0) + claim.size
+        if until is not None:
+            changes[until] = changes.get(until, 0) - claim.size
+    moments = sorted(changes)
+    sums = accumulate(changes[at] for at in moments)
+    return [
+        (at, grid.index(at), held)
+        for at, held in zip(moments, sums, strict=True)
+        if end is None or at < end
+    ]
+
+
+def _gone_at(claim: Claim, grid: Grid, now: datetime) -> datetime:
+    """When a claim of lower rank can be gone if it is told now, with time to tell it."""
+    if claim.is_fixed or (claim.opened_at is None and claim.release.firm_seconds > 0):
+        end = claim.held_until()
+        return grid.edges[-1] if end is None else _late(end, grid, now)
+    return _late(lock_free_by(claim, now + NOTICE_SLACK), grid, now)
+
+
+def _late(end: datetime, grid: Grid, now: datetime) -> datetime:
+    """Who should be gone and is not is expected within the limit of the check."""
+    return end if end > now else min(now + LATE_CHECK, grid.edges[1])
+
+
+def _may_leave(room: _Room, victim: Claim, bucket: int, edge: datetime) -> bool:
+    """Whether it is of lower rank, holds something in the bucket from the edge on, and can be gone
+    by then."""
     if not victim.is_sale or victim.rank >= room.claim.rank or victim.is_fixed:
         return False
     if victim.opened_at is None and victim.release.firm_seconds > 0:
         return False
     grid = room.book.grid
-    first, stop = grid.span(victim.starts_at, victim.held_until())
-    if not first <= bucket < stop or lock_free_by(victim, room.now) > grid.edges[bucket]:
+    until = victim.held_until()
+    first, stop = grid.span(victim.starts_at, until)
+    if (until is not None and until <= edge) or victim.starts_at > edge > grid.edges[bucket]:
+        return False
+    if not first <= bucket < stop or lock_free_by(victim, room.now) > edge:
         return False
     return room.book.nodes is None or _units(room.claim, victim) > 0
 

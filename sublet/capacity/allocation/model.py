@@ -14,6 +14,10 @@ from sublet.base.store import Event
 HOUR = timedelta(hours=1)
 WITHDRAWN_REST = timedelta(minutes=10)
 """A withdrawn notice is not given again for this long."""
+NOTICE_SLACK = timedelta(seconds=2)
+"""A pinned claim is told this much before its last moment, so that its end need not move."""
+LATE_CHECK = timedelta(seconds=120)
+"""What is past its free-by and not released yet is expected within the limit of the check."""
 
 
 class Rank(IntEnum):

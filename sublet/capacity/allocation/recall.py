@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sublet.capacity.allocation.book import PoolBook
 from sublet.capacity.allocation.grid import SLOT, slot_of
 from sublet.capacity.allocation.model import (
+    LATE_CHECK,
     WITHDRAWN_REST,
     Claim,
     Urgency,
@@ -24,8 +25,6 @@ from sublet.capacity.allocation.model import (
 )
 from sublet.capacity.allocation.victims import Candidate, Choice, candidate_of, choose
 
-LATE_CHECK = timedelta(seconds=120)
-"""What is past its free-by and not released yet is expected within the limit of the check."""
 LATE_STEPS = 64
 """Past this many distinct late instants a plan rounds them up to five minutes."""
 

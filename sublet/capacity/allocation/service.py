@@ -21,6 +21,7 @@ from sublet.capacity.allocation import roll, store
 from sublet.capacity.allocation.book import Nodes, PoolBook, head_room_of
 from sublet.capacity.allocation.floor import Floor, rung_of
 from sublet.capacity.allocation.model import (
+    NOTICE_SLACK,
     WITHDRAWN_REST,
     Admitted,
     Claim,
@@ -42,8 +43,6 @@ SPOT_INTERRUPTION = "spot_interruption"
 OWNER_RECALL = "owner_recall"
 RECALL_PREFIX = "rec_"
 """Claims held by a recall: the owner's loop gives their notices, by its plan."""
-NOTICE_SLACK = timedelta(seconds=2)
-"""A pinned claim is told this much before its last moment, so that its end need not move."""
 
 MANY_CHANGES = 500
 """A process that is so far behind reads all that is held instead."""
@@ -67,7 +66,8 @@ def admit(work: Work, claim: Claim, *, with_ways_on: bool = True) -> Admitted | 
     """Decide a sale and, if it is admitted, write it and pin what it displaces.
 
     What has to go at once is noticed here; the rest by `step`. The claim's start may be later than
-    asked: until then `place` answers None. Without `with_ways_on` a refusal names its reason only.
+    asked: until then `place` answers None, and `begin_early` may bring it forward. Without
+    `with_ways_on` a refusal names its reason only.
     """
     book = _open(work, claim.pool_id)
     decision = admission.admit(book, claim, now=work.now, with_ways_on=with_ways_on)
@@ -78,9 +78,10 @@ def admit(work: Work, claim: Claim, *, with_ways_on: bool = True) -> Admitted | 
         for pin in decision.displaced
     ]
     (kept, *_) = _write(work, [decision.claim], displaced)
-    for pin in decision.displaced:
-        if pin.notice_at <= work.now + NOTICE_SLACK:
-            give_notice(work, pin.claim_id, reason=SPOT_INTERRUPTION, term_at=pin.term_at)
+    for victim in displaced:
+        if _tell_at(victim) <= work.now:
+            assert victim.term_at is not None
+            give_notice(work, victim.id, reason=SPOT_INTERRUPTION, term_at=victim.term_at)
     if kept.starts_at <= work.now and not kept.whole_node:
         _bind(work, kept)
     return replace(decision, claim=kept)
@@ -293,6 +294,25 @@ def place(work: Work, claim_id: str) -> tuple[str, ...] | None:
     return found
 
 
+def begin_early(work: Work, claim_id: str) -> Claim:
+    """Begin a sale now that waits for whom it displaced, if they have gone sooner than they had to.
+
+    Only for one that was asked for at once. Its end moves with its start. Not possible, or begun
+    already: no effect.
+    """
+    claim = _locked(work, claim_id)
+    if not claim.is_sale or claim.starts_at <= work.now or claim.term_at is not None:
+        return claim
+    book = _open(work, claim.pool_id)
+    if any(other.displaced_by == claim.id for other in book.claims):
+        return claim
+    begun = admission.at_once(book, claim, now=work.now)
+    if begun is None:
+        return claim
+    (kept,) = _write(work, [], [begun])
+    return kept
+
+
 def _bind(work: Work, claim: Claim) -> tuple[str, ...] | None:
     """Devices for a claim that has none."""
     floor = _floor(work, claim.pool_id)
@@ -439,7 +459,10 @@ def _tell_at(claim: Claim) -> datetime:
     """The last responsible moment of a pinned claim's notice, less the slack."""
     assert claim.term_at is not None
     assert claim.release.notice_seconds is not None
-    return claim.term_at - timedelta(seconds=claim.release.notice_seconds) - NOTICE_SLACK
+    last = claim.term_at - timedelta(seconds=claim.release.notice_seconds)
+    if claim.withdrawn_at is None:
+        return last - NOTICE_SLACK
+    return max(last - NOTICE_SLACK, claim.withdrawn_at + WITHDRAWN_REST)
 
 
 def _fact(pool_id: str) -> str:

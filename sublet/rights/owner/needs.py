@@ -1,9 +1,10 @@
 """Notices for first-party work that found no free device.
 
 One plan for all that waits: by each promised instant so many devices, in the order of the promises.
-Whoever has to leave for it is told at the last responsible moment, spot and filler only: what was
-sold firmer leaves by an accepted recall, and until then the need has its Shortfall. A notice that
-turns out not to be needed is taken back if the book still has room for its workload.
+Whoever has to leave for it is told, spot and filler only: spot at the last responsible moment, for
+it has been sold; filler, which has not, at once. What was sold firmer leaves by an accepted recall,
+and until then the need has its Shortfall. A notice that turns out not to be needed is taken back if
+the book still has room for its workload.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from sqlalchemy import Connection
 
 from sublet.base.store import Work
 from sublet.capacity import allocation, fleet
-from sublet.capacity.allocation import Claim, PoolBook, Urgency
+from sublet.capacity.allocation import WITHDRAWN_REST, Claim, PoolBook, Rank, Urgency
 from sublet.rights.owner import store
 from sublet.rights.owner.model import LIVE, RowState
 from sublet.rights.owner.planning import NEVER, is_quick
@@ -117,13 +118,25 @@ def _tell(
     next_at: datetime | None = None
     for row in rows:
         for victim in row.victims:
-            if victim.notice_at > work.now:
-                next_at = victim.notice_at if next_at is None else min(next_at, victim.notice_at)
-                continue
             claim = allocation.get_claim(work.tx, victim.claim_id)
-            term_at = max(victim.term_at, allocation.earliest_term_at(claim, work.now))
+            tell_at = _tell_at(claim, victim)
+            if tell_at > work.now:
+                next_at = tell_at if next_at is None else min(next_at, tell_at)
+                continue
+            term_at = allocation.earliest_term_at(claim, work.now)
+            if claim.rank is not Rank.FILLER:
+                term_at = max(victim.term_at, term_at)
             allocation.give_notice(work, claim.id, reason=OWNER_RECALL, term_at=term_at)
     return next_at
+
+
+def _tell_at(claim: Claim, victim: allocation.Victim) -> datetime:
+    """When to tell it: the plan's moment; filler as soon as it may be told."""
+    if claim.rank is not Rank.FILLER:
+        return victim.notice_at
+    if claim.withdrawn_at is None:
+        return claim.starts_at
+    return max(claim.starts_at, claim.withdrawn_at + WITHDRAWN_REST)
 
 
 def _withdraw_spare(

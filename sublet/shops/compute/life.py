@@ -79,6 +79,7 @@ def intend(work: Work, workload: Workload) -> Run | None:
     devices' time is overhead.
     """
     assert workload.claim_id is not None, "only what was admitted gets devices"
+    allocation.begin_early(work, workload.claim_id)
     device_ids = allocation.place(work, workload.claim_id)
     if device_ids is None:
         return None

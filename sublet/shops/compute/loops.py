@@ -69,7 +69,8 @@ class ComputeLoop:
         self._is_closing = False
         self._waiters_due: datetime | None = None
         self._is_anyone_waiting = False
-        self._is_anyone_unplaced = False
+        self._unplaced_due: datetime | None = None
+        """When somebody who is admitted and has no devices yet may have them."""
         self._prices_due: datetime | None = None
         self._forget_due: datetime | None = None
         self._drains_due: datetime | None = None
@@ -98,8 +99,8 @@ class ComputeLoop:
             coming.append(looks)
         if self._is_anyone_waiting and self._waiters_due is not None:
             coming.append(self._waiters_due)
-        if self._is_anyone_unplaced:
-            coming.append(now + RETRY_WAITERS)
+        if self._unplaced_due is not None:
+            coming.append(self._unplaced_due)
         return max(min(coming), now)
 
     # ---- what happened --------------------------------------------------------------------------
@@ -171,7 +172,11 @@ class ComputeLoop:
         """Devices for those that were admitted before theirs were free."""
         with self._books.read() as tx:
             unplaced = store.list_unplaced(tx)
-        self._is_anyone_unplaced = bool(unplaced)
+            ids = [workload.claim_id for workload in unplaced if workload.claim_id is not None]
+            starts = [allocation.get_claim(tx, claim_id).starts_at for claim_id in ids]
+        now = self._books.clock.now()
+        moments = [now + RETRY_WAITERS, *(at for at in starts if at > now)]
+        self._unplaced_due = min(moments) if unplaced else None
         placed = False
         for workload in unplaced:
             with self._books.work(ACTOR) as work:
