@@ -31,7 +31,7 @@ URL_LIMIT = 4096
 PIPELINE = 8
 """Requests read ahead on one connection; beyond, it is not read until they are answered."""
 PIPELINE_LIMIT = 256
-LARGE = 131_072
+LARGE = 16_384
 """A body beyond this is read only with a valid key, and no further request is read ahead of it."""
 WRITE_HIGH = 262_144
 HEAD_NS = 20_000_000_000
@@ -241,7 +241,7 @@ class Downstream(asyncio.Protocol):
             # Else it is HTTP/1.1: HTTP/1.0 is kept alive by a header only.
             version = self.parser.get_http_version()
             request.is_http10 = version != "1.1"
-            if version < "1.0":
+            if version not in ("1.0", "1.1"):
                 request.refusal = Refusal(400, "invalid_request", "Only HTTP/1.1 is spoken here.")
             if self.parser.should_upgrade():
                 # Its body would not be read as HTTP.
@@ -477,9 +477,11 @@ class Downstream(asyncio.Protocol):
         self.is_deaf = True
         self.queue.clear()
         self.since_ns = read_boot_ns()
-        if self.is_lingering and self.t.can_write_eof() and not self.t.is_closing():
+        if (self.is_lingering or self.is_paused) and not self.t.is_closing():
             if self.is_paused:
                 self.is_paused = False
+                self.size = 0
+                self.is_lingering = True
                 self.t.resume_reading()
             self.t.write_eof()
         else:

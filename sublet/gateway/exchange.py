@@ -49,6 +49,7 @@ TRIES = 3
 CARRY_LIMIT = 8 << 20
 NEVER = 1 << 62
 THEIR_ID = b"request-id"
+QUOTE = 34
 DONE = b"data: [DONE]\n\n"
 USAGE = b'"usage":{'
 OUTCOMES = {outcome: outcome.value.encode() for outcome in Outcome}
@@ -60,7 +61,7 @@ class Exchange:
     __slots__ = (
         "cap", "carry", "charged", "counts", "covered", "down", "events", "first_us", "g",
         "has_begun", "heads", "held", "held_tokens", "is_asking", "is_left", "is_over", "is_starved", "known", "legs",
-        "limits", "made", "model", "p", "price", "replica", "request", "rid", "soft", "started_us",
+        "limits", "made", "model", "p", "passes_chunks", "price", "replica", "request", "rid", "soft", "started_us",
         "status", "tail", "tier", "timer", "tries", "up", "wrote_ns",
     )  # fmt: skip
 
@@ -95,7 +96,7 @@ class Exchange:
         self.held = self.held_tokens = self.charged = self.covered = 0
         self.made = self.status = self.wrote_ns = self.started_us = 0
         self.has_begun = self.is_over = self.is_asking = self.is_starved = False
-        self.is_left = False
+        self.is_left = self.passes_chunks = False
 
     # ---- admission -------------------------------------------------------------------------
 
@@ -386,14 +387,15 @@ class Exchange:
         )
         self._settle(Outcome.CLIENT_GONE if self.is_left else Outcome.OK, now_us)
 
-    def streamed(self, data: bytes) -> None:
+    def streamed(self, data: bytes, chunk: bytes = b"") -> None:
         """A read of the engine's stream: whole events go on, the rest waits for the next read."""
         if self.carry:
             data = self.carry + data
-            self.carry = b""
+            self.carry = chunk = b""
         # An event of one line, and no comment, is what nearly all reads are: one search tells.
         if data.find(10) != len(data) - 2 or data[-1] != 10 or data[0] == 58:
             data = self._whole(data)
+            chunk = b""
             if not data:
                 return
         p = self.p
@@ -403,15 +405,23 @@ class Exchange:
         if self.first_us is None:
             self.first_us = self.g.now_us()
             data = splice_first(data, self.tier)
+            chunk = b""
         if TIMINGS in data:
+            chunk = b""
             if self.counts is None:
                 self.counts = input_of(data)  # For a stream that may be cut before its usage.
             data, made = cut_counters(data)
             if made is not None:
                 self.made = made
         elif not p.is_counted:
-            self.made += count_texts(data)
+            if chunk:  # One event, in which one look is enough.
+                at = data.find(p.text_mark)
+                if at >= 0 and data[at + len(p.text_mark)] != QUOTE:
+                    self.made += 1
+            else:
+                self.made += count_texts(data)
         if USAGE in data:
+            chunk = b""
             data, usage = cut_usage(data, p.wants_usage)
             if usage is not None:
                 counts = self.counts = normalise(p.route.server, usage)
@@ -419,7 +429,12 @@ class Exchange:
         if data[-14:] == DONE:
             self._finish(data)
             return
-        if data:
+        if chunk and self.passes_chunks:
+            t = self.down.t
+            if t is not None:
+                t.write(chunk)  # As it came, framing and all.
+                self.wrote_ns = self.g.second_ns
+        elif data:
             self.write(data)
         if self.made >= self.soft:
             self._top_up()
@@ -558,6 +573,7 @@ class Exchange:
 
     def _stream_head(self) -> bytes:
         self.has_begun = True
+        self.passes_chunks = self.down.is_chunked
         g, down = self.g, self.down
         if not down.is_chunked:
             down.ends_by_close()

@@ -125,7 +125,7 @@ class Leg:
             self.status = status
             up.is_stream = False
 
-    def streamed(self, data: bytes) -> None:
+    def streamed(self, data: bytes, chunk: bytes = b"") -> None:
         data = self.carry + data
         end = data.rfind(b"\n\n") + 2
         if end == 1:
@@ -198,7 +198,7 @@ class Counting:
         self.status = status
         up.is_stream = False
 
-    def streamed(self, data: bytes) -> None:
+    def streamed(self, data: bytes, chunk: bytes = b"") -> None:
         """Never: it is read whole."""
 
     def ended(self, up: Upstream, body: bytes) -> None:

@@ -114,7 +114,7 @@ def _first_bytes(model: Model) -> list[str]:
     return [
         *lines,
         f'{name}_bucket{{{label},le="+Inf"}} {counts[-1]}',
-        f"{name}_sum{{{label}}} {model.first_us / 1e6:g}",
+        f"{name}_sum{{{label}}} {model.first_us / 1e6:.6f}",
         f"{name}_count{{{label}}} {counts[-1]}",
     ]
 

@@ -26,6 +26,7 @@ from sublet.base.kernel.interval import micros_since_epoch
 from sublet.base.wire.gateway import Allowance, Malformed, Snapshot, read_snapshot
 from sublet.gateway.control import Control
 from sublet.gateway.edge import Downstream
+from sublet.gateway.log import say
 from sublet.gateway.routes import Routes
 from sublet.gateway.spool import Spool
 from sublet.gateway.state import Gateway
@@ -196,7 +197,7 @@ class Keeper:
         except (OSError, Malformed) as error:
             if str(error) != self._said:
                 self._said = str(error)
-                sys.stderr.write(f"snapshot not read: {error}\n")
+                say("snapshot_not_read", error=self._said)
             return
         is_watched = self._seen is not None
         self._seen = mark

@@ -316,8 +316,10 @@ class Gateway:
         """Wait for a slot, up to the route's limit: for a replica to start, too. Not where there are
         replicas and none can be reached: that is said at once, but for one that tries."""
         route = model.route
-        if model.replicas and not self.has_other(model, ()):
-            replica = self._last_resort(model, exchange)
+        if self.routes.models.get(model.name) is not model:
+            exchange.refuse(model_not_found(model.name))
+        elif model.replicas and not self.has_other(model, ()):
+            replica = self._last_resort(model, exchange.tier)
             if replica is not None:
                 exchange.placed(replica)
                 return
@@ -331,7 +333,7 @@ class Gateway:
             )
             model.waiting.append(exchange)
 
-    def _last_resort(self, model: Model, exchange: Exchange) -> Replica | None:
+    def _last_resort(self, model: Model, tier: str) -> Replica | None:
         """Where all are out, each is tried again a second after it was last: who is back, as after a
         crash of the whole node, is found at once."""
         now_ns = read_boot_ns()
@@ -340,8 +342,8 @@ class Gateway:
             if (
                 not replica.is_leaving
                 and replica.out_until_ns - now_ns <= EJECTED_NS - RETRY_NS
-                and (replica.is_filler or exchange.tier != "flex")
-                and replica not in exchange.tries
+                and replica.inflight < replica.slots
+                and (replica.is_filler or tier != "flex")
             ):
                 chosen = replica
         if chosen is not None:

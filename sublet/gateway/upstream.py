@@ -52,8 +52,8 @@ class Reader(Protocol):
     def answered(self, up: Upstream, status: int, is_stream: bool) -> None:
         """The head is there."""
 
-    def streamed(self, data: bytes) -> None:
-        """A piece of the body, cut anywhere."""
+    def streamed(self, data: bytes, chunk: bytes = b"") -> None:
+        """A piece of the body, cut anywhere. `chunk`: it with its framing, where it was one chunk."""
 
     def ended(self, up: Upstream, body: bytes) -> None:
         """The reply is complete; `body` is all of it, or empty where it was streamed."""
@@ -102,6 +102,12 @@ class Replica:
     def answered(self) -> None:
         self.failures = 0
         self.out_until_ns = 0
+
+    def reached(self) -> None:
+        """It takes a connection: if it was out it is in again, on probation."""
+        if self.out_until_ns:
+            self.out_until_ns = 0
+            self.failures = FAILURES_ALLOWED - 1
 
     def close_idle(self) -> None:
         for up in list(self.idle):
@@ -257,7 +263,7 @@ class Upstream(asyncio.Protocol):
             if _SIZES.get(data[:line]) == len(data) - line - 4 and data[-2:] == b"\r\n":
                 reader = self.reader
                 if reader is not None:
-                    reader.streamed(data[line + 2 : -2])
+                    reader.streamed(data[line + 2 : -2], data)
                     if self.reader is not reader:
                         self._hurry()
                 return
@@ -402,6 +408,12 @@ def _content_length(head: bytes) -> int:
 
 async def dial(replica: Replica, factory: Callable[[Replica], Upstream] = Upstream) -> Upstream:
     """A new connection. Raises OSError or TimeoutError within two seconds."""
+    up = await _dial(replica, factory)
+    replica.reached()
+    return up
+
+
+async def _dial(replica: Replica, factory: Callable[[Replica], Upstream]) -> Upstream:
     loop = asyncio.get_running_loop()
     route = replica.route
     async with asyncio.timeout(CONNECT_SECONDS):

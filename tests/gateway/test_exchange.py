@@ -16,6 +16,7 @@ from sublet.gateway.purse import cost
 from tests.gateway.mock_server import MockServer
 from tests.gateway.running import (
     CALLER,
+    CHAT,
     SECRET,
     Answer,
     Client,
@@ -100,13 +101,19 @@ def test_never_more_than_was_held(tmp_path: Path, is_stream: bool) -> None:
     run(work)
 
 
-def test_no_count_at_all_is_marked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("surface", ["chat", "completions"])
+def test_no_count_at_all_is_marked(tmp_path: Path, surface: str) -> None:
+    """What was made is counted by its texts."""
+    words = "n=5 usage=none delay=0.005"
+    body = chat(words) if surface == "chat" else {"model": "mock", "prompt": words}
+    to = CHAT if surface == "chat" else "/v1/completions"
+
     async def work() -> None:
         path = socket_path(tmp_path)
         route = a_route("mock", a_replica(path), counters="")
         async with MockServer(path), running(tmp_path, route) as gateway:
-            answer = await ask(gateway, chat("n=5 usage=none", stream=True))
-            assert answer.text() == " w0 w1 w2 w3 w4"
+            answer = await ask(gateway, {**body, "stream": True}, to)
+            assert answer.events()[-1] == b"[DONE]"
             row = await gateway.row()
             assert (row.input_uncached, row.output, row.is_inconsistent) == (0, 5, True)
 

@@ -36,6 +36,7 @@ class Completions(Prepared):
 
     surface: Surface = "completions"
     path = b"/v1/completions"
+    text_mark = b'"text":"'
 
     def __init__(self, raw: bytes, body: dict[str, Any], route: ModelRoute) -> None:
         super().__init__(raw, body, route)

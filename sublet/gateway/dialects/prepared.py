@@ -67,6 +67,8 @@ class Prepared:
     ping = b": keep-alive\n\n"
     """Said between events while nothing comes from the engine."""
     count_path = b""
+    text_mark = b'"content":"'
+    """What stands before a text in an event."""
     input_name = "prompt"
     """The member that holds the input."""
 

@@ -48,6 +48,13 @@ def cut_counters(events: bytes) -> tuple[bytes, int | None]:
     at = events.find(TIMINGS)
     if at < 0:
         return events, None
+    # One object without another inside, as each token's is: cut at once.
+    end = events.find(b"}", at) + 1
+    counted_at = events.find(PREDICTED, at, end)
+    if counted_at > 0 > events.find(b"{", at + len(TIMINGS), end) and events.find(TIMINGS, end) < 0:
+        digits = events[counted_at + len(PREDICTED) : end - 1].partition(b",")[0]
+        if digits.isdigit():
+            return events[:at] + events[end:], int(digits)
     parts = []
     begin = 0
     made: int | None = None
