@@ -138,6 +138,10 @@ class Spools:
                 self._note_well(life)
         names = {life.name for life in lives}
         self._marks = {name: mark for name, mark in self._marks.items() if name in names}
+        for name in self._troubles.keys() - names:
+            # A person has taken it away: its life is closed at the next start.
+            log.warning("spool_gone", life=name, why=self._troubles.pop(name).why)
+            self._is_shown = False
         if not self._is_shown:
             self._show()
 

@@ -415,6 +415,25 @@ def test_a_damaged_life_whose_folder_was_taken_away_is_closed_at_the_next_start(
     assert books.violations() == []
 
 
+def test_a_damaged_life_whose_folder_is_taken_away_meanwhile_is_no_fault_any_more(
+    books: LinkedBooks, link: Link
+) -> None:
+    gone = HandSpool(books.folder, "gw-0", LONG_AGO)
+    stays = HandSpool(books.folder, "gw-1", LONG_AGO + 1)
+    for one in (gone, stays):
+        one.write_raw(b"no frame\n" + frame(books.event(1).to_json()))
+
+    def faults() -> set[str]:
+        with books.store.read() as tx:
+            return {fault.life for fault in metering.list_spool_faults(tx)}
+
+    wait_until(lambda: len(faults()) == 2, 5, "both are shown")
+    gone.die()
+    gone.folder.rename(books.data / "aside")
+    wait_until(lambda: faults() == {f"gw-1/{LONG_AGO + 1}"}, 5, "the other is wrong still")
+    stays.die()
+
+
 def test_much_behind_the_damage_does_not_hide_it(books: LinkedBooks, link: Link) -> None:
     spool = HandSpool(books.folder, "gw-0", LONG_AGO)
     spool.write_raw(

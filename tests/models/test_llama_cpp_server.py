@@ -26,6 +26,7 @@ from sublet.capacity.engines.local.supervise import records, usage
 from sublet.capacity.engines.port import Observation, Phase, StartSpec
 from sublet.shops.models import keys
 from sublet.shops.models.servers import KEY_SOCKET, MODEL_SOCKET, SERVERS, ModelFacts, unix
+from sublet.shops.models.servers.child import serve
 
 from .conftest import MUSE, SMOL, Child, muse, needed
 
@@ -244,6 +245,32 @@ def test_one_that_hangs_does_not_live_and_one_that_is_busy_does(
     monkeypatch.undo()
     assert LLAMA.lives(child.door)
     assert child.end() == 0
+
+
+def test_it_lives_however_many_gateways_hold_its_slots_and_queue_inside_it(start: Start) -> None:
+    """Each gateway uses all slots; what the model has no slot for waits on its connection."""
+    slots, gateways = 2, 32
+    child = start(LLAMA, muse(), slots=slots)
+    body = json.dumps({"prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": True})
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    held = []
+    try:
+        for _ in range(slots * gateways):
+            held.append(unix.connect(child.door))
+            held[-1].sendall(f"{head}{body}".encode())
+        assert LLAMA.lives(child.door)
+        gauges = LLAMA.gauges(child.door)
+        assert gauges is not None
+        assert gauges.processing + gauges.deferred > slots
+    finally:
+        for one in held:
+            one.close()
+    assert child.end() == 0
+
+
+def test_threads_fit_into_the_smallest_sandbox() -> None:
+    for slots in (1, 4, 8, 64, 512):
+        assert slots < serve.threads_of(slots) <= 512 + serve.SPARE_CONNECTIONS
 
 
 def test_nobody_there_is_not_ready_and_has_no_gauges(tmp_path: Path) -> None:

@@ -409,8 +409,34 @@ def test_who_leaves_sooner_lets_the_sale_begin_sooner(store: Store, clock: Virtu
         assert allocation.begin_early(work, decision.claim.id).starts_at == promised
         allocation.release(work, spot.id)
         assert allocation.place(work, decision.claim.id) is None
-        assert allocation.begin_early(work, decision.claim.id).starts_at == clock.now()
+        begun = allocation.begin_early(work, decision.claim.id)
+        assert (begun.starts_at, begun.asked_at) == (clock.now(), START)
         assert allocation.place(work, decision.claim.id) is not None
+
+
+def test_a_block_dated_ahead_begins_when_it_was_asked_to(store: Store, clock: VirtualClock) -> None:
+    pool_id = a_pool(store, 1)
+    tomorrow = START + timedelta(days=1)
+    with store.work(SYSTEM) as work:
+        block = a_sale(
+            work,
+            pool_id,
+            rank=Rank.BLOCK,
+            notice=None,
+            lasting=timedelta(hours=5),
+            start=tomorrow,
+        )
+        decision = allocation.admit(work, block)
+    assert isinstance(decision, Admitted)
+    clock.advance_to(START + timedelta(hours=1))
+    with store.work(SYSTEM) as work:
+        assert allocation.begin_early(work, block.id) == decision.claim
+        assert allocation.place(work, block.id) is None
+        kept = allocation.get_claim(work.tx, block.id)
+    assert (kept.starts_at, kept.release.ends_at) == (tomorrow, tomorrow + timedelta(hours=5))
+    clock.advance_to(tomorrow)
+    with store.work(SYSTEM) as work:
+        assert allocation.place(work, block.id) is not None
 
 
 def test_who_was_displaced_for_nothing_stays(store: Store, clock: VirtualClock) -> None:

@@ -60,28 +60,40 @@ def admit(
     if not is_dated:
         claim = _moved(claim, to=now)
     room = _Room(book, claim, now)
-    start = room.start(claim.starts_at, clock=now, is_dated=is_dated)
-    if start is None:
-        return _refused(room, is_dated=is_dated, with_ways_on=with_ways_on)
-    for moment in (room.sooner(start), start) if start > claim.starts_at else (start,):
-        moved = _moved(claim, to=moment)
-        displaced = _displaced(room, moved)
-        if displaced is not None:
-            return Admitted(claim=moved, displaced=displaced)
-    reason = RefusalReason.NODES
-    return _refused(room, is_dated=is_dated, with_ways_on=with_ways_on, reason=reason)
+    found = _tried(room, is_dated=is_dated)
+    if isinstance(found, Admitted):
+        return found
+    return _refused(room, is_dated=is_dated, with_ways_on=with_ways_on, reason=found)
 
 
 def at_once(book: PoolBook, claim: Claim, *, now: datetime) -> Claim | None:
     """A sale of the book that was asked for at once, begun now instead of when it was promised.
 
-    None: its devices are not free yet, or would be at somebody's cost.
+    None: its devices are not free yet, or would be at somebody's cost; or it was dated.
     """
     assert claim.starts_at > now
+    if claim.asked_at is None:
+        return None
     again = admit(book.without(claim.id), _moved(claim, to=now), now=now, with_ways_on=False)
     if isinstance(again, Refused) or again.displaced or again.claim.starts_at > now:
         return None
     return again.claim
+
+
+def _tried(room: _Room, *, is_dated: bool) -> Admitted | RefusalReason | None:
+    """The decision, without ways on. None: there is no start, and why must be looked for."""
+    claim = room.claim
+    start = room.start(claim.starts_at, clock=room.now, is_dated=is_dated)
+    if start is None:
+        return None
+    for moment in (room.sooner(start), start) if start > claim.starts_at else (start,):
+        moved = _moved(claim, to=moment)
+        displaced = _displaced(room, moved)
+        if displaced is not None:
+            if moment > claim.starts_at:
+                moved = replace(moved, asked_at=claim.starts_at)
+            return Admitted(claim=moved, displaced=displaced)
+    return RefusalReason.NODES
 
 
 def applied(book: PoolBook, admitted: Admitted) -> PoolBook:
@@ -362,10 +374,8 @@ def _smaller(room: _Room, *, is_dated: bool) -> int | None:
     while low < high:
         middle = (low + high + 1) // 2
         fewer = replace(room.claim, count=middle)
-        smaller = _Room(room.book, fewer, room.now)
-        start = smaller.start(fewer.starts_at, clock=room.now, is_dated=is_dated)
-        is_admitted = start is not None and _displaced(smaller, _moved(fewer, to=start)) is not None
-        low, high = (middle, high) if is_admitted else (low, middle - 1)
+        found = _tried(_Room(room.book, fewer, room.now), is_dated=is_dated)
+        low, high = (middle, high) if isinstance(found, Admitted) else (low, middle - 1)
     return low or None
 
 

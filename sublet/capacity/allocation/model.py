@@ -131,6 +131,9 @@ class Claim:
     count: int = 1
     whole_node: bool = False
     starts_at: datetime
+    asked_at: datetime | None = None
+    """The start that was asked for, where it was moved to when lower ranks are gone. None: it starts
+    as it was asked to."""
     release: Release
     value_micros_per_device_hour: int = 0
     parent_claim_id: str | None = None

@@ -297,8 +297,7 @@ def place(work: Work, claim_id: str) -> tuple[str, ...] | None:
 def begin_early(work: Work, claim_id: str) -> Claim:
     """Begin a sale now that waits for whom it displaced, if they have gone sooner than they had to.
 
-    Only for one that was asked for at once. Its end moves with its start. Not possible, or begun
-    already: no effect.
+    Its end moves with its start. Not possible, or begun already, or dated: no effect.
     """
     claim = _locked(work, claim_id)
     if not claim.is_sale or claim.starts_at <= work.now or claim.term_at is not None:

@@ -66,6 +66,7 @@ claims = sa.Table(
     sa.Column("displaced_by", sa.String(40)),
     sa.Column("released_at", Instant),
     sa.Column("generation", sa.BigInteger, nullable=False),
+    sa.Column("asked_at", Instant),
     sa.Index("ix_allocation_claim_pool_active", "pool_id", "released_at"),
     sa.Index("ix_allocation_claim_pool_generation", "pool_id", "generation"),
 )
@@ -321,6 +322,7 @@ _PLAIN = (
     "count",
     "whole_node",
     "starts_at",
+    "asked_at",
     "value_micros_per_device_hour",
     "parent_claim_id",
     "opened_at",

@@ -69,7 +69,8 @@ OUR_REASONS = frozenset({RETIRED, ENDED, REVOKED, SILENT, str(Reason.SCALED_IN)}
 
 
 class ModelsLoop:
-    """Steps the shop on one engine. `executor`: where servers are asked; None: a few threads."""
+    """Steps the shop on one engine. `executor`: where servers are asked; None: a few threads, and a
+    few of their own to ask whether they live."""
 
     def __init__(
         self,
@@ -84,12 +85,13 @@ class ModelsLoop:
         self._engine = engine
         self._servers = servers
         self._starts = Starts(books, engine, servers, key, executor)
-        self._liveness = Liveness(self._starts.submit)
+        self._liveness = Liveness(executor)
         self._readings = Readings(books, engine, servers, self._starts.submit)
         self._is_busy = False
 
     def close(self) -> None:
         self._starts.close()
+        self._liveness.close()
 
     def step(self, now: datetime) -> datetime:
         """One look at every deployment and replica, and what follows; when to look again."""
@@ -152,6 +154,7 @@ class ModelsLoop:
     def _drain(self, replica: Replica, reason: str) -> None:
         """It gets no new call from the next snapshot on."""
         self._is_busy = True
+        self._liveness.forget(replica.id)
         with self._books.work(ACTOR) as work:
             found = store.find_replica(work.tx, replica.id)
             if found is None or found.state not in (ReplicaState.STARTING, ReplicaState.READY):
@@ -162,7 +165,8 @@ class ModelsLoop:
             _tell(work, found, ReplicaState.DRAINING)
 
     def _stay(self, replica: Replica) -> None:
-        """Its notice was withdrawn: it goes on where it was."""
+        """Its notice was withdrawn: it goes on where it was. Nobody has asked it meanwhile."""
+        self._liveness.forget(replica.id)
         with self._books.work(ACTOR) as work:
             state = ReplicaState.STARTING if replica.ready_at is None else ReplicaState.READY
             store.update_replica(work.tx, replica, state=state, draining_at=None, reason=None)

@@ -506,6 +506,37 @@ def test_a_sale_begins_early_only_where_who_left_made_room() -> None:
     assert at_once(needed, decision.claim, now=soon) is None
 
 
+def test_a_dated_sale_never_begins_early() -> None:
+    """However free the devices are: it was asked for then, and ends then."""
+    block = a_block(1, 5 * HOUR, start=NOW + DAY)
+    decision = admit(a_book(1), block, now=NOW)
+    assert isinstance(decision, Admitted)
+    assert decision.claim.asked_at is None
+    assert at_once(applied(a_book(1), decision), decision.claim, now=NOW + HOUR) is None
+
+
+@given(
+    st.lists(st.sampled_from([5, 120, 1800]), min_size=1, max_size=4),
+    st.integers(1, 4),
+    st.sampled_from([0 * MINUTE, -MINUTE, HOUR, DAY]),
+    st.sampled_from([None, 2 * HOUR]),
+)
+@examples(60)
+def test_a_sale_knows_its_asked_start_where_and_only_where_it_was_moved(
+    notices: list[int], devices: int, start: timedelta, lasting: timedelta | None
+) -> None:
+    book = a_book(4)
+    for notice in notices:
+        book = book.with_claim(a_sale(notice=notice, start=NOW - HOUR, opened=True))
+    asked = on_demand(devices, start=NOW + start, lasting=lasting)
+    decision = admit(book, asked, now=NOW)
+    if isinstance(decision, Refused):
+        return
+    is_moved = start <= 0 * MINUTE and devices > 4 - len(notices)
+    assert (decision.claim.starts_at > max(NOW, asked.starts_at)) == is_moved
+    assert decision.claim.asked_at == (NOW if is_moved else None)
+
+
 def a_pool_of_nodes(claims: list[Claim], *nodes: int) -> PoolBook:
     """Two nodes or more of four devices each, so many of them taken."""
     devices = np.full(len(nodes), 4, np.int32)

@@ -88,7 +88,8 @@ class ModelServer(Protocol):
         ...
 
     def lives(self, door: str) -> bool:
-        """It answers at all, however busy it is. It costs no token and waits behind none."""
+        """It answers at all, within seconds. It costs no token, and waits behind no request: a server
+        has a free hand for it however many it works on, and however many wait inside it."""
         ...
 
     def gauges(self, door: str) -> Gauges | None:

@@ -17,8 +17,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
-SPARE_CONNECTIONS = 8
-"""For gauges, readiness, and pooled connections with nothing on them: each takes a thread."""
+MOST_GATEWAYS = 64
+"""Each may use all slots at once: what is too much for the model waits here, on its connection."""
+MOST_CONNECTIONS = 512
+"""A sandbox of one device holds 1536 threads and processes in all."""
+SPARE_CONNECTIONS = 16
+"""For what the control plane asks: whether it lives, its gauges, one real token."""
 LEAST_BATCH = 512
 CACHE_MIB = 64
 """Of prompts that left their slots, for those that come back."""
@@ -51,7 +55,7 @@ def serve(orders: dict[str, Any], model: str) -> Any:
     given.hostnames = [orders["socket"]]
     given.n_parallel, given.n_ctx = orders["slots"], orders["context"] * orders["slots"]
     given.cpuparams.n_threads = given.cpuparams_batch.n_threads = orders["threads"]
-    given.n_threads_http = orders["slots"] + SPARE_CONNECTIONS
+    given.n_threads_http = threads_of(orders["slots"])
     given.fit_params, given.kv_unified, given.offline = False, False, True
     given.cache_ram_mib = 0 if orders["is_embedding"] else CACHE_MIB
     given.embedding = orders["is_embedding"]
@@ -75,6 +79,13 @@ def serve(orders: dict[str, Any], model: str) -> Any:
         return xllamacpp.Server(given)
     finally:
         os.umask(before)
+
+
+def threads_of(slots: int) -> int:
+    """Threads that answer. A connection holds one for as long as it is open, idle ones too, and who
+    finds none free waits: the question whether the server lives must never. A thread that waits
+    takes some 10 KiB."""
+    return min(slots * MOST_GATEWAYS, max(slots, MOST_CONNECTIONS)) + SPARE_CONNECTIONS
 
 
 def await_end(server: Any, orders: dict[str, Any]) -> NoReturn:
