@@ -8,10 +8,12 @@ import statistics
 from collections.abc import Callable
 
 from bench import first_ssh, gateway, rent
+from bench.gateway import events
 
 BENCHES: dict[str, Callable[[int], dict[str, list[float]]]] = {
     "rent": rent.run,
     "first_ssh": first_ssh.run,
+    "events": events.run,
     "gateway": gateway.run,
 }
 
