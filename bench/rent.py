@@ -355,4 +355,5 @@ def _is(table: Any, key: Any) -> list[Any]:
 
 
 if __name__ == "__main__":
-    {"serve": serve, "bare": bare}[sys.argv[1]](*sys.argv[2:])
+    parts: dict[str, Callable[..., None]] = {"serve": serve, "bare": bare}
+    parts[sys.argv[1]](*sys.argv[2:])
