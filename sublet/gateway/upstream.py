@@ -134,6 +134,9 @@ class Upstream(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.t = transport  # type: ignore[assignment]
+        # At once, not when the loop has been through all that came with it: of several requests in
+        # one batch the first need not wait for the last.
+        self.t.set_write_buffer_limits(high=0)  # type: ignore[union-attr]
 
     def send(self, reader: Reader, head: bytes, body: bytes) -> None:
         """Begin a request on an idle connection."""
