@@ -26,7 +26,7 @@ FILE_BYTES = 64 << 20
 RETRY_SECONDS = 0.2
 LAZY_SECONDS = 0.02
 GATHER_SECONDS = 0.001
-BUSY_GROUP = 8
+BUSY_GROUP = 5
 """After a group as large as that the next one gathers for a moment: fewer, larger commits cost less
 than a millisecond at the end of an answer is worth. A lone request never waits for others."""
 INFLIGHT_SECONDS = 1.0
