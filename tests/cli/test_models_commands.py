@@ -31,6 +31,8 @@ class Talk:
     asked: list[dict[str, Any]] = field(default_factory=list)
     keys: set[str] = field(default_factory=set)
     status: int = 200
+    refuses_after: int | None = None
+    """So many answers, and from then on refusals."""
     pieces: tuple[str, ...] = ("A ", "river.")
     error: dict[str, Any] | None = None
     """In place of the answer, or at its end where the status is 200."""
@@ -59,6 +61,8 @@ def talk(cloud: Cloud) -> Iterator[Talk]:
             with lock:
                 told.asked.append(json.loads(raw))
                 told.keys.add(self.headers["authorization"])
+                if told.refuses_after is not None and len(told.asked) > told.refuses_after:
+                    told.status = 503
             self.send_response(told.status)
             if told.status != 200:
                 self.send_header("retry-after", "7")
@@ -253,6 +257,16 @@ def test_bench_says_why_nothing_was_measured(cloud: Cloud, run: Run, talk: Talk)
     cloud.answers["/v1/deployments"] = [[]]
     done = run("bench", "tiny")
     assert (done.code, "is not deployed" in done.err) == (1, True)
+
+
+def test_bench_gives_no_figure_where_some_were_refused(cloud: Cloud, run: Run, talk: Talk) -> None:
+    """What the others made is too little, and a price may come from it."""
+    cloud.answers["/v1/deployments"] = [[serving(1, 1, 4)]]
+    talk.refuses_after = 8
+    talk.error = {"message": "Busy: try again.", "type": "server_error", "code": "model_overloaded"}
+    done = run("bench", "tiny", "--seconds", "20", "--keep", "--json")
+    assert (done.code, json.loads(done.out)["error"]["code"]) == (1, "model_overloaded")
+    assert all(method != "PATCH" for method, _, _ in cloud.asked)
 
 
 # The catalogue.
