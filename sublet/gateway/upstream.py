@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, cast
 
 from sublet.base.wire.gateway import ReplicaRoute
 from sublet.gateway.log import say
@@ -133,10 +133,10 @@ class Upstream(asyncio.Protocol):
         self.uses = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.t = transport  # type: ignore[assignment]
+        self.t = t = cast(asyncio.Transport, transport)
         # At once, not when the loop has been through all that came with it: of several requests in
         # one batch the first need not wait for the last.
-        self.t.set_write_buffer_limits(high=0)  # type: ignore[union-attr]
+        t.set_write_buffer_limits(high=0)
 
     def send(self, reader: Reader, head: bytes, body: bytes) -> None:
         """Begin a request on an idle connection."""

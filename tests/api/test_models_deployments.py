@@ -19,7 +19,7 @@ from sublet.base.wire import rest
 from sublet.base.wire.gateway import AllowanceRequest, Gauge, Outcome, UsageEvent
 from sublet.money import billing
 from sublet.records import metering, tenancy
-from sublet.sdk import ApiError
+from sublet.sdk import ApiError, Client
 from sublet.shops import models
 
 MUSE = Path(str(files("sublet.shops.models") / "carried" / "muse-tiny.gguf"))
@@ -300,7 +300,10 @@ def test_token_usage_of_a_project(world: Any) -> None:
     second = client.projects.create(rest.ProjectCreate(name="second"))
     for number, project_id in enumerate((made.project.id, second.id, None, second.id), start=1):
         _used(world, made, number, project_id=project_id)
-    of = lambda caller, **named: [row.id for row in caller.token_usage.list(**named)]  # noqa: E731
+
+    def of(caller: Client, **named: str) -> list[str]:
+        return [row.id for row in caller.token_usage.list(**named)]
+
     assert of(client, project_id=second.id) == ["req_2", "req_4"]
     assert of(client, project_id=made.project.id, key_id=made.key.id) == ["req_1"]
     # The owner names whose; a project is only found with its own organisation.
