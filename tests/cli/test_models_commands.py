@@ -23,6 +23,9 @@ from .conftest import AT, Cloud, Run, sample
 WHOLE = b"GGUFweights"
 
 
+BUSY = {"message": "Busy: try again.", "type": "server_error", "code": "model_overloaded"}
+
+
 @dataclass
 class Talk:
     """A gateway that says one thing to everybody."""
@@ -62,7 +65,7 @@ def talk(cloud: Cloud) -> Iterator[Talk]:
                 told.asked.append(json.loads(raw))
                 told.keys.add(self.headers["authorization"])
                 if told.refuses_after is not None and len(told.asked) > told.refuses_after:
-                    told.status = 503
+                    told.status, told.error = 503, BUSY
             self.send_response(told.status)
             if told.status != 200:
                 self.send_header("retry-after", "7")
@@ -249,8 +252,7 @@ def test_bench_says_why_nothing_was_measured(cloud: Cloud, run: Run, talk: Talk)
     done = run("bench", "tiny")
     assert (done.code, "no replica that is ready" in done.err) == (1, True)
     cloud.answers["/v1/deployments"] = [[serving(1, 1, 1)]]
-    talk.status = 503
-    talk.error = {"message": "Busy: try again.", "type": "server_error", "code": "model_overloaded"}
+    talk.status, talk.error = 503, BUSY
     done = run("bench", "tiny", "--seconds", "2")
     assert (done.code, "model_overloaded" in done.err) == (1, True)
     assert "`sublet deployments scale tiny --max N`" in done.err
@@ -262,8 +264,8 @@ def test_bench_says_why_nothing_was_measured(cloud: Cloud, run: Run, talk: Talk)
 def test_bench_gives_no_figure_where_some_were_refused(cloud: Cloud, run: Run, talk: Talk) -> None:
     """What the others made is too little, and a price may come from it."""
     cloud.answers["/v1/deployments"] = [[serving(1, 1, 4)]]
+    cloud.answers["/v1/catalogue/tiny"] = [sample(rest.CatalogueModel)]
     talk.refuses_after = 8
-    talk.error = {"message": "Busy: try again.", "type": "server_error", "code": "model_overloaded"}
     done = run("bench", "tiny", "--seconds", "20", "--keep", "--json")
     assert (done.code, json.loads(done.out)["error"]["code"]) == (1, "model_overloaded")
     assert all(method != "PATCH" for method, _, _ in cloud.asked)
